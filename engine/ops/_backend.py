@@ -1,0 +1,117 @@
+"""Which code runs an operator.
+
+An operator `x` lives in `engine/ops/x.py`. Its module holds `reference(...)`, and `cpu(...)` / `cuda(...)` where
+csrc/x.cpp / csrc/x.cu exist; `engine.kernels.x.x(...)` is its Triton form where kernels/x.py exists. All take the
+arguments of the public function, already checked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+
+ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_forced: ContextVar[str | None] = ContextVar("engine_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run operators inside the block on one back end, or raise `RuntimeError` with the reason it cannot."""
+    _check_name(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def backends(op: str) -> dict[str, str | None]:
+    """Per back end, None when `op` can run on it here, else the reason why not."""
+    return {name: _find(op, name)[1] for name in BACKENDS}
+
+
+def pick(op: str, device: torch.device) -> Callable[..., Any]:
+    """The function that runs `op` on tensors of `device`.
+
+    Raises:
+        RuntimeError: a back end was asked for by `use_backend` or `ENGINE_BACKEND` and cannot run.
+    """
+    forced = _forced.get() or os.environ.get("ENGINE_BACKEND") or None
+    if forced is not None:
+        _check_name(forced)
+        function, reason = _find(op, forced)
+        if function is None:
+            raise RuntimeError(f"back end {forced!r} of engine.ops.{op} was asked for but cannot run: {reason}")
+        if forced != "reference" and forced not in ORDER.get(device.type, ()):
+            raise RuntimeError(f"back end {forced!r} of engine.ops.{op} does not run on {device.type} tensors")
+        return function
+    for name in ORDER.get(device.type, ("reference",)):
+        function, reason = _find(op, name)
+        if function is not None:
+            return function
+        if _exists(op, name):  # it should run here and does not: never silently slower
+            _warn_once(op, name, str(reason))
+    raise AssertionError("every operator has a reference")
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+@cache
+def _warn_once(op: str, name: str, reason: str) -> None:
+    warnings.warn(f"engine.ops.{op}: back end {name!r} cannot run ({reason}); using a slower one", stacklevel=3)
+
+
+def _module(op: str) -> Any:
+    try:
+        return importlib.import_module(f"engine.ops.{op}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"op must be an operator of engine.ops, got {op!r}") from error
+
+
+def _exists(op: str, name: str) -> bool:
+    if name == "triton":
+        return importlib.util.find_spec("engine.kernels") is not None and (
+            importlib.util.find_spec(f"engine.kernels.{op}") is not None
+        )
+    return hasattr(_module(op), name)
+
+
+@cache
+def _find(op: str, name: str) -> tuple[Callable[..., Any] | None, str | None]:
+    """The function of one back end, or None and the reason."""
+    module = _module(op)
+    if not _exists(op, name):
+        return None, f"{op} has no {name} back end"
+    if name == "reference":
+        return module.reference, None
+    if name in ("cpu", "cuda"):
+        try:
+            native = importlib.import_module("engine._C")
+        except ImportError as error:
+            return None, f"engine._C is not built ({error}); run: pip install -e ."
+        if name == "cpu":
+            return module.cpu, None
+        if not torch.cuda.is_available():
+            return None, "no CUDA device"
+        if not native.has_cuda:
+            return None, "engine._C was built without CUDA"
+        return module.cuda, None
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return None, "no CUDA device"
+    try:
+        return getattr(importlib.import_module(f"engine.kernels.{op}"), op), None
+    except ImportError as error:
+        return None, f"triton cannot be imported ({error})"

@@ -1,0 +1,89 @@
+"""Checks of operator arguments, made once, before a back end is picked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def debug() -> bool:
+    """True under `ENGINE_DEBUG=1`: checks that need a device synchronisation run too."""
+    return os.environ.get("ENGINE_DEBUG", "0") == "1"
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def fail(name: str, expected: str, value: object) -> ValueError:
+    """The error of every check: `<argument> must be <what>, got <what it was>`."""
+    return ValueError(f"{name} must be {expected}, got {_describe(value)}")
+
+
+def tensor(name: str, value: object, shape: str, dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor:
+    """Check the type, the rank (letters of `shape`, e.g. "B D") and the dtype of one argument.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another rank or dtype.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor [{shape.replace(' ', ', ')}], got {type(value).__name__}")
+    if value.layout != torch.strided or value.dim() != len(shape.split()):
+        raise fail(name, f"a dense tensor of shape [{shape.replace(' ', ', ')}]", value)
+    if value.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise fail(name, f"of dtype {names}", value)
+    return value
+
+
+def size(name: str, value: Tensor, dim: int, expected: int, of: str) -> None:
+    """Check that one dimension has the size that another argument gives it."""
+    if value.shape[dim] != expected:
+        raise fail(name, f"of size {expected} in dimension {dim} ({of})", value)
+
+
+def like(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    """Check that two arguments share their device and, by default, their dtype."""
+    if value.device != other.device:
+        raise fail(name, f"on {other.device} like {other_name}", value)
+    if dtype and value.dtype != other.dtype:
+        raise fail(name, f"{str(other.dtype).removeprefix('torch.')} like {other_name}", value)
+
+
+def indices(name: str, value: object, shape: str) -> Tensor:
+    """Check an int64 tensor of labels or indices."""
+    return tensor(name, value, shape, (torch.int64,))
+
+
+def positive(name: str, value: float) -> None:
+    """Check a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise fail(name, "a finite number above 0", value)
+
+
+def count(name: str, value: int, low: int = 0) -> None:
+    """Check an integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise fail(name, f"an integer of at least {low}", value)
+
+
+def choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Check a string that is one of `choices`."""
+    if value not in choices:
+        raise fail(name, "one of " + ", ".join(repr(option) for option in choices), value)
+
+
+def in_range(name: str, value: Tensor, high: int, low: int = -1) -> None:
+    """Under `ENGINE_DEBUG=1` only: every label or index lies in [low, high)."""
+    if debug() and value.numel():
+        least, most = int(value.min()), int(value.max())
+        if least < low or most >= high:
+            raise ValueError(f"{name} must be in [{low}, {high}), got values from {least} to {most}")
