@@ -1,0 +1,76 @@
+"""The k nearest rows of a bank by inner product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check
+from engine.ops._backend import pick
+from engine.ops._precision import accumulation_dtype, no_autocast
+
+BLOCK_ENTRIES = 1 << 23
+"""Similarities held at a time by the reference: 32 MB of float32."""
+
+
+@torch.no_grad()
+def topk(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+    """The `k` largest inner products of every query with the rows of a bank, exact, without the [B, N] matrix.
+
+    Args:
+        queries: `[B, D]` float32, float16, bfloat16 or float64; no gradient is computed.
+        bank: `[N, D]`, likewise.
+        k: how many; beyond the rows there are, the result is padded.
+        exclude_self: row i of the bank is query i itself (B = N) and is no neighbour of it.
+
+    Returns:
+        values `[B, k]` in the inputs' common dtype and indices `[B, k]` int64, ordered by (similarity descending,
+        index ascending) as compared before rounding to a half type, padded with -inf and -1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    _check.tensor("queries", queries, "B D")
+    _check.tensor("bank", bank, "N D")
+    _check.like("bank", bank, "queries", queries, dtype=False)
+    _check.size("bank", bank, 1, queries.shape[1], "the width of queries")
+    _check.count("k", k)
+    if exclude_self:
+        _check.size("queries", queries, 0, bank.shape[0], "the rows of bank, as exclude_self is set")
+    return pick("topk", queries.device)(queries, bank, k, exclude_self=exclude_self)
+
+
+def reference(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+    """`torch.topk` of the similarities with a defined order among equals, in blocks of queries."""
+    query_count, bank_count = queries.shape[0], bank.shape[0]
+    dtype = accumulation_dtype(queries, bank)
+    values = queries.new_full((query_count, k), -torch.inf, dtype=torch.promote_types(queries.dtype, bank.dtype))
+    indices = torch.full_like(values, -1, dtype=torch.int64)
+    found = min(k, bank_count - (1 if exclude_self else 0))
+    if found <= 0 or query_count == 0:
+        return values, indices
+    columns = bank.to(dtype).T
+    block_rows = max(1, BLOCK_ENTRIES // bank_count)
+    for start in range(0, query_count, block_rows):
+        rows = slice(start, start + block_rows)
+        with no_autocast(queries.device):
+            similarity = queries[rows].to(dtype) @ columns
+        if exclude_self:
+            similarity.diagonal(offset=start).fill_(-torch.inf)
+        best, where = _largest(similarity, found)
+        values[rows, :found] = best.to(values.dtype)
+        indices[rows, :found] = where
+    return values, indices
+
+
+def _largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row, ordered by (value descending, index ascending)."""
+    values, indices = similarity.topk(k, dim=1)
+    # torch.topk takes any of the entries that tie at the k-th place: such rows are sorted whole.
+    tied = ((similarity >= values[:, -1:]).sum(dim=1) > k).nonzero().squeeze(1)
+    if tied.numel():
+        ordered, order = similarity[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], indices[tied] = ordered[:, :k], order[:, :k]
+    indices, order = indices.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, indices.gather(1, order)
