@@ -1,8 +1,11 @@
 """Which code runs an operator.
 
-An operator `x` lives in `engine/ops/x.py`. Its module holds `reference(...)`, and `cpu(...)` / `cuda(...)` where
-csrc/x.cpp / csrc/x.cu exist; `engine.kernels.x.x(...)` is its Triton form where kernels/x.py exists. All take the
-arguments of the public function, already checked.
+An operator `x` lives in `engine/ops/x.py`. Its module holds `reference(...)`, the definition in plain torch, and
+`cpu(...)` where csrc/x.cpp exists; `engine.kernels.x.x(...)` is its Triton form where kernels/x.py exists. All take
+the arguments of the public function, already checked.
+
+A loss against a memory bank is run by functions of another form, which return gradients with the losses (see
+`_contrast.py`); its module holds the plain torch one as `rows(...)`.
 """
 
 from __future__ import annotations
@@ -81,11 +84,10 @@ def _module(op: str) -> Any:
         raise ValueError(f"op must be an operator of engine.ops, got {op!r}") from error
 
 
+@cache
 def _exists(op: str, name: str) -> bool:
     if name == "triton":
-        return importlib.util.find_spec("engine.kernels") is not None and (
-            importlib.util.find_spec(f"engine.kernels.{op}") is not None
-        )
+        return importlib.util.find_spec(f"engine.kernels.{op}") is not None
     return hasattr(_module(op), name)
 
 
@@ -95,20 +97,18 @@ def _find(op: str, name: str) -> tuple[Callable[..., Any] | None, str | None]:
     module = _module(op)
     if not _exists(op, name):
         return None, f"{op} has no {name} back end"
+    if name == "triton":
+        return _find_triton(op)
     if name == "reference":
-        return module.reference, None
-    if name in ("cpu", "cuda"):
-        try:
-            native = importlib.import_module("engine._C")
-        except ImportError as error:
-            return None, f"engine._C is not built ({error}); run: pip install -e ."
-        if name == "cpu":
-            return module.cpu, None
-        if not torch.cuda.is_available():
-            return None, "no CUDA device"
-        if not native.has_cuda:
-            return None, "engine._C was built without CUDA"
-        return module.cuda, None
+        return getattr(module, "rows", module.reference), None
+    try:
+        importlib.import_module("engine._C")
+    except ImportError as error:
+        return None, f"engine._C is not built ({error}); install a C++17 compiler, then run: pip install -e ."
+    return getattr(module, name), None
+
+
+def _find_triton(op: str) -> tuple[Callable[..., Any] | None, str | None]:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return None, "no CUDA device"
     try:

@@ -58,6 +58,12 @@ def like(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: boo
         raise fail(name, f"{str(other.dtype).removeprefix('torch.')} like {other_name}", value)
 
 
+def constant(name: str, value: Tensor) -> None:
+    """Check that no gradient is asked of an argument that gets none."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise fail(name, "a constant, as no gradient to it is computed: pass it detached", value)
+
+
 def indices(name: str, value: object, shape: str) -> Tensor:
     """Check an int64 tensor of labels or indices."""
     return tensor(name, value, shape, (torch.int64,))
@@ -87,3 +93,15 @@ def in_range(name: str, value: Tensor, high: int, low: int = -1) -> None:
         least, most = int(value.min()), int(value.max())
         if least < low or most >= high:
             raise ValueError(f"{name} must be in [{low}, {high}), got values from {least} to {most}")
+
+
+def csr(name: str, value: object, shape: str) -> Tensor:
+    """Check a `torch.sparse_csr` matrix of a floating dtype; under `ENGINE_DEBUG=1` its columns too."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a sparse CSR tensor [{shape.replace(' ', ', ')}], got {type(value).__name__}")
+    if value.layout != torch.sparse_csr or value.dim() != 2:
+        raise fail(name, f"a torch.sparse_csr tensor of shape [{shape.replace(' ', ', ')}]", value)
+    if value.dtype not in FLOATS:
+        raise fail(name, "of a floating dtype", value)
+    in_range(f"the columns of {name}", value.col_indices(), value.shape[1], low=0)
+    return value

@@ -1,0 +1,71 @@
+"""Cross entropy of features against a bank of cluster prototypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check, _contrast
+
+
+def cluster_contrast(
+    features: Tensor, bank: Tensor, labels: Tensor, temperature: float, *, reduction: str = "mean"
+) -> Tensor:
+    """`-log softmax_c(f_i . m_c / t)[y_i]`, SALCR Eq. 1, 2, 5, 6, 12, 13.
+
+    Args:
+        features: `[B, D]` float32, float16, bfloat16 or float64; the gradient goes here.
+        bank: `[C, D]` float, constant.
+        labels: `[B]` int64 in [-1, C); -1 leaves a row out, of the mean too.
+        temperature: t > 0.
+        reduction: "mean" over the rows not left out, "sum", or "none" for `[B]` losses, 0 where left out.
+
+    Returns:
+        The loss in float32, or float64 if an input is float64. Without any row it is 0, with gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or the bank requires a gradient.
+        NotImplementedError: a second derivative is asked for.
+    """
+    _contrast.check(features, bank, temperature, reduction)
+    _check_labels(features, bank, labels)
+    losses = _contrast.losses_of(_operator, features, bank, labels, temperature)
+    return _contrast.reduce(losses, _kept(labels, bank.shape[0]), reduction)
+
+
+def reference(features: Tensor, bank: Tensor, labels: Tensor, temperature: float, *, reduction: str = "mean") -> Tensor:
+    """The definition, on the whole [B, C] logits."""
+    losses = _row_losses(_contrast.logits(features, bank, temperature), labels)
+    return _contrast.reduce(losses, _kept(labels, bank.shape[0]), reduction)
+
+
+def rows(
+    features: Tensor, bank: Tensor, labels: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses [B] and their gradients [B, D], in blocks of rows of the definition."""
+    return _contrast.in_blocks(_row_losses, _residual, features, bank, labels, temperature, with_gradient)
+
+
+_operator = _contrast.row_operator("cluster_contrast")
+
+
+def _check_labels(features: Tensor, bank: Tensor, labels: Tensor) -> None:
+    _check.indices("labels", labels, "B")
+    _check.like("labels", labels, "features", features, dtype=False)
+    _check.size("labels", labels, 0, features.shape[0], "the rows of features")
+    _check.in_range("labels", labels, bank.shape[0])
+
+
+def _kept(labels: Tensor, cluster_count: int) -> Tensor:
+    return (labels >= 0) & (labels < cluster_count)
+
+
+def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    targets = torch.where(_kept(labels, logits.shape[1]), labels, -1)
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+
+def _residual(logits: Tensor, labels: Tensor) -> Tensor:
+    kept = _kept(labels, logits.shape[1]).unsqueeze(1)
+    target = torch.arange(logits.shape[1], device=logits.device) == labels.unsqueeze(1)
+    return torch.where(kept, logits.softmax(dim=1) - target.to(logits.dtype), 0)

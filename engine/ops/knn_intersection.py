@@ -1,0 +1,46 @@
+"""The bank rows that are near to several views of a sample at once."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check
+from engine.ops._backend import pick
+from engine.ops.set_intersection import set_intersection
+from engine.ops.topk import topk
+
+
+@torch.no_grad()
+def knn_intersection(views: Tensor, bank: Tensor, k: int) -> Tensor:
+    """The indices in the k-nearest sets of all views of a sample, SALCR Eq. 16, 17.
+
+    Args:
+        views: `[V, B, D]` float, V >= 1 features of each of B samples; no gradient is computed.
+        bank: `[N, D]` float.
+        k: neighbours of each view, by (inner product descending, index ascending).
+
+    Returns:
+        `[B, k]` int64, ascending, padded with -1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    _check.tensor("views", views, "V B D")
+    if views.shape[0] == 0:
+        raise _check.fail("views", "at least one view", views)
+    _check.tensor("bank", bank, "N D")
+    _check.like("bank", bank, "views", views, dtype=False)
+    _check.size("bank", bank, 1, views.shape[2], "the width of views")
+    _check.count("k", k)
+    return pick("knn_intersection", views.device)(views, bank, k)
+
+
+def reference(views: Tensor, bank: Tensor, k: int) -> Tensor:
+    """One `topk` over all views, then `set_intersection` view after view."""
+    _, indices = topk(views.flatten(0, 1), bank, k)
+    neighbours = indices.unflatten(0, views.shape[:2])
+    # A single view goes through the intersection with itself, which sorts it.
+    return reduce(set_intersection, neighbours, neighbours[0])

@@ -1,0 +1,33 @@
+"""Row-wise intersection of padded index sets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.ops import _sets
+from engine.ops._backend import pick
+
+
+def set_intersection(a: Tensor, b: Tensor) -> Tensor:
+    """The indices in `a[i]` and in `b[i]`, for every row i. SALCR Eq. 21-23.
+
+    Args:
+        a: `[B, P]` int64 in any order; a negative entry is padding, a repeated one counts once.
+        b: `[B, Q]`, likewise.
+
+    Returns:
+        `[B, min(P, Q)]` int64, ascending, padded with -1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    _sets.check(a, b)
+    return pick("set_intersection", a.device)(a, b)
+
+
+def reference(a: Tensor, b: Tensor) -> Tensor:
+    """Both rows sorted as one, in which an index of both stands twice."""
+    rows = torch.cat([_sets.ascending(a), _sets.ascending(b)], dim=1).sort(dim=1).values
+    common = torch.where(rows[:, 1:] == rows[:, :-1], rows[:, :-1], _sets.PADDING)
+    return _sets.padded(common.sort(dim=1).values[:, : min(a.shape[1], b.shape[1])])

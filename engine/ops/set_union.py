@@ -1,0 +1,31 @@
+"""Row-wise union of padded index sets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.ops import _sets
+from engine.ops._backend import pick
+
+
+def set_union(a: Tensor, b: Tensor) -> Tensor:
+    """The indices in `a[i]` or `b[i]`, for every row i. SALCR Eq. 21-23.
+
+    Args:
+        a: `[B, P]` int64 in any order; a negative entry is padding, a repeated one counts once.
+        b: `[B, Q]`, likewise.
+
+    Returns:
+        `[B, P + Q]` int64, ascending, padded with -1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    _sets.check(a, b)
+    return pick("set_union", a.device)(a, b)
+
+
+def reference(a: Tensor, b: Tensor) -> Tensor:
+    """Both rows sorted as one."""
+    return _sets.padded(_sets.ascending(torch.cat([a, b], dim=1)))

@@ -1,0 +1,31 @@
+"""Builds engine._C with CMake; everything else about the package is in pyproject.toml."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+
+class CMakeBuild(build_ext):
+    """Compiles what CMakeLists.txt lists. Without a compiler the package installs all the same and says so."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        configure = [
+            *("cmake", "--fresh", "-S", ".", "-B", self.build_temp, "-G", "Ninja"),
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", self.build_temp], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"{error}\nengine._C needs a C++17 compiler and the Python headers.") from error
+
+
+setup(ext_modules=[Extension("engine._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
