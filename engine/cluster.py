@@ -1,0 +1,105 @@
+"""Pseudo-labels from features, and how good they are where identities are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+from torch import Tensor
+
+from engine import config, ops
+from engine.pair import Pair
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Pseudo-labels of the training images for one epoch; all `[N]` int64, -1 = left out of the epoch.
+
+    Attributes:
+        clusters: DBSCAN's clusters per modality: what the memories are means of.
+        own: training labels in the own modality's label space; the clusters, unless a method moved them.
+        cross: labels in the other modality's label space (vis: of visible images, among infrared clusters), or None
+            while the modalities are not associated.
+    """
+
+    clusters: Pair[Tensor]
+    own: Pair[Tensor]
+    cross: Pair[Tensor] | None = None
+
+    @property
+    def counts(self) -> Pair[int]:
+        """Clusters per modality."""
+        return self.clusters.map(lambda labels: int(labels.max()) + 1 if len(labels) else 0)
+
+
+def cluster(features: Pair[Tensor], settings: config.Cluster) -> Labels:
+    """k-reciprocal Jaccard distance and DBSCAN, each modality for itself.
+
+    Args:
+        features: `[N, D]` unit rows per modality.
+
+    Returns:
+        Labels without association; a modality in which nothing is dense enough has only -1.
+    """
+
+    def one(rows: Tensor, k1: int, eps: float) -> Tensor:
+        return ops.dbscan(ops.jaccard(rows, k1, settings.k2), eps, settings.min_samples)
+
+    clusters = features.map(one, settings.k1, settings.eps)
+    return Labels(clusters, clusters)
+
+
+def quality(labels: Labels, ids: Pair[np.ndarray]) -> dict[str, float]:
+    """Scores of pseudo-labels against true identities (-1 = unknown, not scored).
+
+    Returns:
+        `ari.vis`, `ami.vis`, `ari.ir`, `ami.ir` over images in clusters, and, where the modalities are associated,
+        `cross.precision` and `cross.recall`: of the visible-infrared pairs that share a label the part that shares an
+        identity, and of the pairs that share an identity the part that shares a label (mean of both label spaces).
+        Empty where no identity is known.
+    """
+    scores: dict[str, float] = {}
+    own = labels.own.map(lambda rows: rows.cpu().numpy())
+    for name, found, true in (("vis", own.vis, ids.vis), ("ir", own.ir, ids.ir)):
+        known = (found >= 0) & (true >= 0)
+        if known.any():
+            scores[f"ari.{name}"] = float(adjusted_rand_score(true[known], found[known]))
+            scores[f"ami.{name}"] = float(adjusted_mutual_info_score(true[known], found[known]))
+    if labels.cross is not None and (ids.vis >= 0).any() and (ids.ir >= 0).any():
+        cross = labels.cross.map(lambda rows: rows.cpu().numpy())
+        spaces = [(own.vis, cross.ir), (cross.vis, own.ir)]
+        pairs = [_pair_scores(*space, ids.vis, ids.ir) for space in spaces if all((rows >= 0).any() for rows in space)]
+        if pairs:
+            scores["cross.precision"], scores["cross.recall"] = (float(np.mean(part)) for part in zip(*pairs))
+    return scores
+
+
+def _pair_scores(vis: np.ndarray, ir: np.ndarray, vis_ids: np.ndarray, ir_ids: np.ndarray) -> tuple[float, float]:
+    """Precision and recall over all visible-infrared pairs of one label space."""
+    labels = max(vis.max(), ir.max()) + 1
+    people = np.unique(np.concatenate([vis_ids, ir_ids]))
+    people = people[people >= 0]
+
+    def table(rows: np.ndarray, true: np.ndarray) -> np.ndarray:
+        known = (rows >= 0) & (true >= 0)
+        counts = np.zeros((labels, len(people)))
+        np.add.at(counts, (rows[known], np.searchsorted(people, true[known])), 1)
+        return counts
+
+    by_vis, by_ir = table(vis, vis_ids), table(ir, ir_ids)
+    right = (by_vis * by_ir).sum()
+    shared = (by_vis.sum(1) * by_ir.sum(1)).sum()
+    same = sum(np.sum(vis_ids == person) * np.sum(ir_ids == person) for person in people)
+    return float(right / max(shared, 1)), float(right / max(same, 1))
+
+
+def relabel_nearest(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
+    """Every labelled row's nearest mean instead of its label (squared Euclidean distance; -1 stays).
+
+    Args:
+        features: `[N, D]`; labels: `[N]` int64; means: `[C, D]`.
+    """
+    distance = means.square().sum(1) - 2 * features @ means.T
+    return torch.where(labels >= 0, distance.argmin(1), labels)

@@ -1,0 +1,425 @@
+"""The settings of a run: one YAML page, read strictly into frozen dataclasses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from engine.errors import UserError
+from engine.pair import Pair
+
+CONFIGS = Path(__file__).parent / "configs"
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the images are and how they are read.
+
+    Attributes:
+        name: the layout: sysu, regdb, llcm, folder, or demo (generated at `root` when it is not there).
+        size: height and width in pixels that every image is resized to.
+        split: "test" trains on train + val identities and scores the test ones; "val" trains on train and scores val.
+        trial: RegDB's split, 1 to 10.
+        gallery: SYSU-MM01's gallery draw: "agw" (every unsupervised paper) or "official" (rand_perm_cam.mat).
+        query: modality of a folder's query/ images; its gallery/ has the other one.
+        cache: folder for decoded images; empty = $XDG_CACHE_HOME/vireid-engine or ~/.cache/vireid-engine.
+        workers: decoding processes and threads; 0 = one per core.
+    """
+
+    name: Literal["sysu", "regdb", "llcm", "folder", "demo"]
+    root: str
+    size: tuple[int, int] = (288, 144)
+    split: Literal["test", "val"] = "test"
+    trial: int = 1
+    gallery: Literal["agw", "official"] = "agw"
+    query: Literal["vis", "ir"] = "ir"
+    cache: str = ""
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes to training images; each number but `pad` is a probability or a jitter strength (SALCR, sec. 4).
+
+    Attributes:
+        pad: pixels of zero padding before the random crop.
+        flip: probability of a horizontal flip.
+        erase: probability of a random erased rectangle.
+        jitter: strength of brightness, contrast, saturation and hue jitter.
+        grey: probability of the grey mix, in the one of four infrared cases that allows it.
+        ltg: probability of the linear transformation generator on visible images (stage 1 only).
+    """
+
+    pad: int = 10
+    flip: float = 0.5
+    erase: float = 0.5
+    jitter: float = 0.5
+    grey: float = 0.5
+    ltg: float = 0.5
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network.
+
+    Attributes:
+        backbone: resnet50, resnet18, or small (width 16, one block a stage: the demo's, trains on a CPU).
+        weights: "imagenet" (torchvision's ResNet V1 state dict from the hub cache), "none", or a file's path.
+        download: whether "imagenet" may be fetched when the hub cache does not hold it.
+        bn_group: images that share one set of BatchNorm statistics in a training step; 0 = the whole batch.
+    """
+
+    backbone: Literal["resnet50", "resnet18", "small"] = "resnet50"
+    weights: str = "imagenet"
+    download: bool = False
+    bn_group: int = 0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """k-reciprocal Jaccard distance and DBSCAN, per modality (a single value stands for both)."""
+
+    k1: Pair[int] = Pair(30, 30)
+    k2: int = 6
+    eps: Pair[float] = Pair(0.6, 0.6)
+    min_samples: int = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Cluster memories: softmax temperature, and the momentum mu of `M <- normalize(mu M + (1 - mu) f)`."""
+
+    temperature: float = 0.05
+    momentum: float = 0.1
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Adam, started afresh in every stage.
+
+    Attributes:
+        drops: parts of a stage after which the learning rate is multiplied by `factor`.
+    """
+
+    lr: float = 3.5e-4
+    weight_decay: float = 5e-4
+    drops: tuple[float, ...] = (0.5,)
+    factor: float = 0.1
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """In-batch instance contrast before the first clustering, for networks without pretrained weights; 0 = none."""
+
+    iterations: int = 0
+    temperature: float = 0.1
+    images: int = 64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: `epochs` x `iterations` batches of `labels` x `images` per modality."""
+
+    epochs: int
+    iterations: int
+    labels: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop.
+
+    Attributes:
+        start_from: a checkpoint whose network is taken over; training begins at the stage after the one it ended.
+        precision: "fp32", "tf32" (matrix units' float32), or autocast to "bf16" / "fp16" (with loss scaling).
+        accumulate: parts that a batch is split into, to fit in memory; BatchNorm then sees one part at a time.
+        checkpoint_steps: also checkpoint within an epoch, every so many steps; 0 = at the end of an epoch only.
+    """
+
+    stages: tuple[Stage, ...]
+    warm_up: WarmUp = WarmUp()
+    start_from: str = ""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    accumulate: int = 1
+    checkpoint_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Scoring.
+
+    Attributes:
+        every: epochs between scores; the end of a stage is always scored.
+        batch: images per forward pass, here and when the training images' features are extracted.
+        cmfp_k: neighbours of cross-modality feature propagation at test time (a row of its own); 0 = no such row.
+    """
+
+    every: int = 1
+    batch: int = 128
+    cmfp_k: int = 0
+
+
+@dataclass(frozen=True)
+class MethodName:
+    """`name`: dcl, salcr, or the dotted path of a module that holds one `Method` subclass."""
+
+    name: str = "salcr"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. `settings` is the method's own section, which stands in the YAML under its name."""
+
+    data: Data
+    train: Train
+    seed: int = 0
+    device: str = "auto"
+    deterministic: bool = False
+    method: MethodName = MethodName()
+    augment: Augment = Augment()
+    model: Model = Model()
+    cluster: Cluster = Cluster()
+    memory: Memory = Memory()
+    optim: Optim = Optim()
+    evaluate: Evaluate = Evaluate()
+    settings: Any = field(default=None)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the numbers and booleans that people mean: 1e-4 is a number, `no` and `on` are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"}]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|nan)$", re.IGNORECASE),
+    list("-+.0123456789"),
+)
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        name: path of a YAML file, or the name of one in engine/configs, with or without ".yaml".
+        overrides: "a.b=c" each; c is read as YAML. List items are named by their position ("train.stages.0.epochs=1").
+
+    Raises:
+        UserError: no such file, bad YAML, an unknown setting, a wrong type or choice; a suggestion is given.
+    """
+    path = find(name)
+    try:
+        content = yaml.load(path.read_text(), _Loader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected settings ('data:', 'train:', ...), got {type(content).__name__}")
+    return parse(override(content, overrides))
+
+
+def find(name: str) -> Path:
+    """The file that a `--cfg` argument names."""
+    known = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise UserError(f"--cfg {name}: no such file or configuration; {hint}known ones: {', '.join(known)}")
+
+
+def parse(content: dict[str, Any]) -> Config:
+    """Settings as read from YAML -> a checked `Config`."""
+    from engine import methods
+
+    content = dict(content)
+    name = _section(content.get("method", {}), "method").get("name", MethodName.name)
+    chosen = methods.find(str(name))
+    sections: dict[str, Any] = {}
+    for section in {*methods.BUILT_IN, methods.section(str(name))}:
+        own = chosen if section == methods.section(str(name)) else methods.find(section)
+        sections[section] = _build(own.Settings, content.pop(section, {}), section)
+    if "settings" in content:
+        raise UserError(f"settings: no such setting; a method's settings stand under its name ('{name}:')")
+    config = _build(Config, content, "")
+    config = dataclasses.replace(config, settings=sections[methods.section(str(name))])
+    _check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The whole configuration as plain values; `parse` of it gives an equal `Config`."""
+    from engine import methods
+
+    content = _plain(config)
+    settings = content.pop("settings")
+    if settings:
+        content[methods.section(config.method.name)] = settings
+    return content
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines "a.b: old -> new" for every setting in which two `to_dict` results differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        parts = [differences(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys]
+        return [line for part in parts for line in part]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def override(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of settings as read from YAML, with "a.b=c" overrides."""
+    content = copy.deepcopy(content)
+    for one in overrides:
+        _override(content, one)
+    return content
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override}: expected name=value, for example --set optim.lr=1e-3")
+    try:
+        value = yaml.load(text, _Loader) if text else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
+    node: Any = content
+    keys = path.split(".")
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise UserError(f"--set {override}: expected a position from 0 to {len(node) - 1}, got '{key}'")
+            if last:
+                node[int(key)] = value
+            else:
+                node = node[int(key)]
+        elif isinstance(node, dict):
+            if last:
+                node[key] = value
+            else:
+                if node.get(key) is None:
+                    node[key] = {}
+                node = node[key]
+        else:
+            raise UserError(f"--set {override}: {'.'.join(keys[:depth])} is a single value, it has no '{key}'")
+
+
+def _section(value: Any, path: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected settings (name: value), got {value!r}")
+    return value
+
+
+def _build(kind: type[S], value: Any, path: str) -> S:
+    """One dataclass from one YAML mapping."""
+    content = _section(value, path)
+    hints = get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    dot = f"{path}." if path else ""
+    for key in content:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, 1, 0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(fields) or 'none'}"
+            raise UserError(f"{dot}{key}: no such setting; {hint}")
+    for key, item in fields.items():
+        if item.default is dataclasses.MISSING and key not in content:
+            raise UserError(f"{dot}{key}: missing; give it in the configuration or by --set {dot}{key}=...")
+    return kind(**{key: _convert(hints[key], item, f"{dot}{key}") for key, item in content.items()})
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type `kind`, or a `UserError` that names the setting."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(option for option in arguments if option is not type(None)), value, path)
+    if origin is Literal:
+        if value not in arguments:
+            close = difflib.get_close_matches(str(value), map(str, arguments), 1, 0.5)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise UserError(f"{path}: expected one of {', '.join(map(str, arguments))}, got {value!r}{hint}")
+        return value
+    if origin is Pair:
+        if not isinstance(value, dict):
+            value = {"vis": value, "ir": value}
+        if set(value) != {"vis", "ir"}:
+            raise UserError(f"{path}: expected one value, or both 'vis' and 'ir', got {value!r}")
+        return Pair(*(_convert(arguments[0], value[key], f"{path}.{key}") for key in ("vis", "ir")))
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{path}: expected a list, got {value!r}")
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(inner) != len(value):
+            raise UserError(f"{path}: expected {len(inner)} values, got {value!r}")
+        return tuple(_convert(part, item, f"{path}.{i}") for i, (part, item) in enumerate(zip(inner, value)))
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)  # type: ignore[arg-type]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise UserError(f"{path}: expected {names.get(kind, kind.__name__)}, got {value!r}")
+    return value
+
+
+def _check(config: Config) -> None:
+    """Ranges that types cannot say."""
+    stages = config.train.stages
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("train.stages", len(stages), len(stages) > 0, "at least one stage"),
+        ("data.size", list(config.data.size), min(config.data.size) >= 16, "a height and a width of at least 16"),
+        ("data.trial", config.data.trial, 1 <= config.data.trial <= 10, "1 to 10"),
+        ("memory.temperature", config.memory.temperature, config.memory.temperature > 0, "a number above 0"),
+        ("memory.momentum", config.memory.momentum, 0 <= config.memory.momentum <= 1, "0 to 1"),
+        ("optim.lr", config.optim.lr, config.optim.lr > 0, "a number above 0"),
+        ("cluster.min_samples", config.cluster.min_samples, config.cluster.min_samples >= 1, "at least 1"),
+        ("cluster.k1", config.cluster.k1, min(config.cluster.k1) >= 1, "at least 1"),
+        ("cluster.k2", config.cluster.k2, config.cluster.k2 >= 1, "at least 1"),
+        ("cluster.eps", config.cluster.eps, all(0 < eps < 1 for eps in config.cluster.eps), "above 0 and below 1"),
+        ("train.accumulate", config.train.accumulate, config.train.accumulate >= 1, "at least 1"),
+        ("evaluate.every", config.evaluate.every, config.evaluate.every >= 1, "at least 1"),
+        ("evaluate.batch", config.evaluate.batch, config.evaluate.batch >= 1, "at least 1"),
+        ("evaluate.cmfp_k", config.evaluate.cmfp_k, config.evaluate.cmfp_k >= 0, "at least 0"),
+        ("model.bn_group", config.model.bn_group, config.model.bn_group >= 0, "at least 0"),
+    ]
+    for i, stage in enumerate(stages):
+        for name, value in dataclasses.asdict(stage).items():
+            rules.append((f"train.stages.{i}.{name}", value, value >= 1, "at least 1"))
+    for name, value, good, expected in rules:
+        if not good:
+            raise UserError(f"{name}: expected {expected}, got {value}")

@@ -1,0 +1,114 @@
+"""Batches: rows of the decoded images, augmented on the device, with their pseudo-labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine import config, seeds
+from engine.cluster import Labels
+from engine.data import transforms
+from engine.pair import Modality, Pair
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training step's images and labels; s rows of each modality.
+
+    Attributes:
+        vis, aug, ir: `[s, 3, H, W]` float32: visible images, their channel-augmented copies, infrared images.
+        own: `[s]` int64 labels of the images in their own modality's label space.
+        cross: `[s]` int64 labels in the other modality's space, or None.
+        generator: CPU generator for whatever the step still draws.
+    """
+
+    vis: Tensor
+    aug: Tensor
+    ir: Tensor
+    own: Pair[Tensor]
+    cross: Pair[Tensor] | None
+    generator: torch.Generator
+
+    def labels(self, space: Modality) -> Tensor:
+        """`[3s]` labels of the rows [vis; aug; ir] in one modality's label space; -1 where a row has none there."""
+        cross = self.cross or self.own.map(lambda labels: torch.full_like(labels, -1))
+        vis, ir = (self.own.vis, cross.ir) if space == "vis" else (cross.vis, self.own.ir)
+        return torch.cat([vis, vis, ir])
+
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in `parts` runs of rows, for gradient accumulation."""
+
+        def cut(rows: Tensor) -> tuple[Tensor, ...]:
+            return rows.chunk(parts)
+
+        images = zip(cut(self.vis), cut(self.aug), cut(self.ir))
+        own = [Pair(*labels) for labels in zip(*self.own.map(cut))]
+        cross = [Pair(*labels) for labels in zip(*self.cross.map(cut))] if self.cross else [None] * len(own)
+        return [
+            replace(self, vis=vis, aug=aug, ir=ir, own=mine, cross=theirs)
+            for (vis, aug, ir), mine, theirs in zip(images, own, cross)
+        ]
+
+
+class Loader:
+    """Turns index batches into `Batch`es. Reading runs one batch ahead in a thread; augmentation runs on the device.
+
+    Args:
+        pixels: `[N, H, W, 3]` uint8 per modality, typically memory-mapped.
+        key: seeds of the augmentation draws; step i of `batches` draws from `(*key, epoch, i)` alone.
+    """
+
+    def __init__(
+        self, pixels: Pair[np.ndarray], settings: config.Augment, device: torch.device, key: tuple[int, ...]
+    ) -> None:
+        self.pixels, self.settings, self.device, self.key = pixels, settings, device, key
+
+    def batches(
+        self, plan: Iterable[Pair[np.ndarray]], labels: Labels, epoch: int, *, ltg: bool, start: int = 0
+    ) -> Iterator[Batch]:
+        """One `Batch` per entry of `plan` from the `start`-th on; visible images see the LTG only when `ltg`."""
+        for step, rows, images in self._read(plan, start):
+            generator = seeds.generator(*self.key, epoch, step)
+            vis, aug = transforms.augment_visible(images.vis, self.settings, generator, ltg=ltg)
+            ir = transforms.augment_infrared(images.ir, self.settings, generator)
+            index = rows.map(lambda part: torch.from_numpy(part).to(self.device))
+            own = labels.own.map(lambda part, chosen: part[chosen], index)
+            cross = labels.cross and labels.cross.map(lambda part, chosen: part[chosen], index)
+            yield Batch(vis, aug, ir, own, cross, generator)
+
+    def views(self, plan: Iterable[Pair[np.ndarray]], epoch: int) -> Iterator[Pair[Pair[Tensor]]]:
+        """Two augmented views of every image, per modality: visible and channel-augmented; infrared twice."""
+        for step, _, images in self._read(plan, 0):
+            generator = seeds.generator(*self.key, epoch, step)
+            vis = transforms.augment_visible(images.vis, self.settings, generator, ltg=True)
+            ir = [transforms.augment_infrared(images.ir, self.settings, generator) for _ in range(2)]
+            yield Pair(Pair(*vis), Pair(*ir))
+
+    def _read(
+        self, plan: Iterable[Pair[np.ndarray]], start: int
+    ) -> Iterator[tuple[int, Pair[np.ndarray], Pair[Tensor]]]:
+        def gather(rows: Pair[np.ndarray]) -> Pair[Tensor]:
+            images = self.pixels.map(lambda pixels, chosen: torch.from_numpy(pixels[chosen]), rows)
+            return images.map(Tensor.pin_memory) if self.device.type == "cuda" else images
+
+        entries = iter(enumerate(plan))
+        with ThreadPoolExecutor(1) as reader:
+            ahead = None
+            for step, rows in entries:
+                if step < start:
+                    continue
+                coming = (step, rows, reader.submit(gather, rows))
+                if ahead is not None:
+                    yield self._deliver(*ahead)
+                ahead = coming
+            if ahead is not None:
+                yield self._deliver(*ahead)
+
+    def _deliver(self, step: int, rows: Pair[np.ndarray], images: object) -> tuple[int, Pair[np.ndarray], Pair[Tensor]]:
+        moved = images.result().map(lambda part: part.to(self.device, non_blocking=True))  # type: ignore[attr-defined]
+        return step, rows, moved

@@ -1,0 +1,172 @@
+"""Scores: CMC ranks, mAP and mINP by each data set's protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint, data, methods, ops
+from engine.config import Config, override, parse
+from engine.data import cache
+from engine.data.dataset import Dataset, Images, Protocol
+from engine.device import pick_device
+from engine.errors import UserError
+from engine.features import NAMES, extract
+from engine.pair import Modality, Pair
+
+RANKS = (1, 5, 10, 20)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of a results table; percent, mean and population standard deviation over the protocol's trials.
+
+    Attributes:
+        protocol: name of the protocol.
+        rerank: "" for plain features, else what was applied at test time ("CMFP(te)"); such rows are never mixed.
+        values: "R1", "R5", "R10", "R20", "mAP", "mINP".
+        spread: their standard deviations.
+        trials: galleries or splits averaged over.
+        queries: queries with a match in the gallery, summed over the trials.
+    """
+
+    protocol: str
+    rerank: str
+    values: dict[str, float]
+    spread: dict[str, float]
+    trials: int
+    queries: int
+
+
+def score(distance: Tensor, ids: tuple[Tensor, Tensor], cams: tuple[Tensor, Tensor], rule: str) -> tuple[dict[str, float], int]:
+    """One trial.
+
+    Args:
+        distance: `[Q, G]`, smaller is more alike.
+        ids, cams: int64 of the queries `[Q]` and of the gallery `[G]`.
+        rule: "plain", "sysu" or "llcm" (see `engine.ops.rank`).
+
+    Returns:
+        Percent by name, and the number of queries with a match.
+    """
+    ranking = ops.rank(distance, *ids, *cams, protocol=rule, max_rank=max(RANKS))
+    values = {f"R{rank}": 100 * float(ranking.cmc[rank - 1]) for rank in RANKS}
+    return values | {"mAP": 100 * float(ranking.mAP), "mINP": 100 * float(ranking.mINP)}, int(ranking.valid_queries)
+
+
+def summary(name: str, rerank: str, trials: Sequence[tuple[dict[str, float], int]]) -> Score:
+    """Mean and standard deviation over the results of `score`."""
+    columns = {column: np.array([values[column] for values, _ in trials]) for column in trials[0][0]}
+    return Score(
+        name,
+        rerank,
+        {column: float(numbers.mean()) for column, numbers in columns.items()},
+        {column: float(numbers.std()) for column, numbers in columns.items()},
+        len(trials),
+        sum(valid for _, valid in trials),
+    )
+
+
+def evaluate(dataset: Dataset, features: Pair[Tensor], cmfp_k: int = 0) -> list[Score]:
+    """Every protocol of a data set, plain, and with cross-modality feature propagation when `cmfp_k` > 0.
+
+    Args:
+        dataset: with test images.
+        features: `[N, D]` unit features of `dataset.test`.
+        cmfp_k: neighbours of CMFP at test time. It uses all queries of a trial at once (transductive).
+
+    Returns:
+        The rows, all plain ones first.
+    """
+    assert dataset.test is not None
+    scores = [_evaluate(protocol, dataset.test, features, 0) for protocol in dataset.protocols]
+    if cmfp_k:
+        scores += [_evaluate(protocol, dataset.test, features, cmfp_k) for protocol in dataset.protocols]
+    return scores
+
+
+def _evaluate(protocol: Protocol, test: Pair[Images], features: Pair[Tensor], cmfp_k: int) -> Score:
+    query: Modality = protocol.query
+    gallery: Modality = "ir" if query == "vis" else "vis"
+    trials = []
+    for trial in protocol.trials:
+        chosen = Pair(trial.queries, trial.gallery)
+        rows = chosen if query == "vis" else chosen.swap()
+        parts = features.map(lambda part, index: part[torch.from_numpy(index).to(part.device)], rows)
+        if cmfp_k:
+            parts = Pair(*ops.cmfp(parts.vis, parts.ir, cmfp_k))
+
+        def column(images: Images, name: str, index: np.ndarray, device: torch.device = parts.vis.device) -> Tensor:
+            return torch.from_numpy(getattr(images, name)[index]).to(device)
+
+        ids, cams = (
+            (column(test[query], name, trial.queries), column(test[gallery], name, trial.gallery))
+            for name in ("ids", "cams")
+        )
+        trials.append(score(1 - parts[query] @ parts[gallery].T, ids, cams, protocol.rule))
+    return summary(protocol.name, "CMFP(te)" if cmfp_k else "", trials)
+
+
+def evaluate_network(
+    network: nn.Module, dataset: Dataset, pixels: Pair[np.ndarray], config: Config, device: torch.device
+) -> list[Score]:
+    """`evaluate` with a network's features of the test images, averaged with those of their mirror images.
+
+    Args:
+        pixels: decoded `dataset.test`.
+    """
+    features = extract(network, pixels, config, device, mirror=True, progress="test images")
+    return evaluate(dataset, features, config.evaluate.cmfp_k)
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> list[Score]:
+    """Score a checkpoint by the configuration it carries.
+
+    Args:
+        overrides: "a.b=c" changes, for example the data set's place, or another data set.
+
+    Raises:
+        UserError: the data set has nothing to score on, or its test images were trained on under these settings.
+    """
+    content = checkpoint.load(path)
+    trained = parse(content["config"])
+    config = parse(override(content["config"], overrides))
+    _refuse_leak(trained, config)
+    dataset = data.read(config.data)
+    if dataset.test is None:
+        raise UserError(f"{config.data.root}: has no query/ and gallery/ to score on")
+    device = pick_device(config.device)
+    blank = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has the weights
+    network = methods.find(config.method.name)(blank).build().to(device)
+    checkpoint.load_network(network, content)
+    return evaluate_network(network, dataset, decode(dataset.test, config), config, device)
+
+
+def decode(images: Pair[Images], config: Config) -> Pair[np.ndarray]:
+    """`[N, H, W, 3]` uint8 per modality, from the cache where it holds them."""
+    settings = config.data
+    vis, ir = (
+        cache.decode(images[name], settings.size, folder=settings.cache, workers=settings.workers, label=NAMES[name])
+        for name in NAMES
+    )
+    return Pair(vis, ir)
+
+
+def _refuse_leak(trained: Config, config: Config) -> None:
+    old, new = trained.data, config.data
+    if old.name != new.name:
+        return
+    if old.name == "regdb" and old.trial != new.trial:
+        raise UserError(
+            f"data.trial: the network was trained on split {old.trial} and cannot be scored on split {new.trial}, whose "
+            f"test identities it has partly seen; leave data.trial={old.trial}, or train on split {new.trial}"
+        )
+    if old.split == "test" and new.split == "val":
+        raise UserError(
+            "data.split: the network was trained on the val identities; train with data.split=val to score them"
+        )

@@ -1,0 +1,100 @@
+"""The baseline network: two-stream backbone, GeM pooling, BN neck."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine import config
+from engine.errors import UserError
+from engine.model.backbone import ARCHITECTURES, TwoStreamResNet
+from engine.model.norm import BatchNorm1d, set_groups
+from engine.model.pooling import GeM
+from engine.model.weights import load_imagenet
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a network gives for a batch. Rows: visible images, their augmented copies, infrared images.
+
+    Attributes:
+        map: `[B, D, h, w]` feature map of the backbone.
+        features: `[B, D]` float32 L2-normalised features behind the BN neck.
+    """
+
+    map: Tensor
+    features: Tensor
+
+
+class Network(nn.Module):
+    """Images of either modality -> feature map and unit-length global features (SALCR, sec. 3.2)."""
+
+    def __init__(self, settings: config.Model) -> None:
+        super().__init__()
+        architecture = ARCHITECTURES[settings.backbone]
+        self.backbone = TwoStreamResNet(architecture)
+        self.pool = GeM()
+        self.neck = BatchNorm1d(architecture.channels)
+        self.neck.bias.requires_grad_(False)
+        self.bn_group = settings.bn_group
+        self.groups = 1
+        if settings.weights != "none":
+            load_imagenet(self.backbone, settings.backbone, settings.weights, settings.download)
+
+    def forward(self, vis: Tensor | None = None, aug: Tensor | None = None, ir: Tensor | None = None) -> Output:
+        """Float images `[B, 3, H, W]` of each kind that is given -> `Output` with their rows in this order.
+
+        In training with `model.bn_group = n`, groups of n images share BatchNorm statistics. A group is what one
+        of several devices would see: the same part of each kind of image.
+
+        Raises:
+            UserError: the batch cannot be divided into such groups.
+        """
+        given = {"vis": (vis, aug), "ir": (ir,)}
+        streams = {stem: [x for x in images if x is not None] for stem, images in given.items()}
+        streams = {stem: images for stem, images in streams.items() if images}
+        sizes = [len(x) for images in streams.values() for x in images]
+        groups = self._group_count(sizes)
+        if groups != self.groups:
+            set_groups(self, groups)
+            self.groups = groups
+        stems = {stem: _interleave(images, groups) for stem, images in streams.items()}
+        if groups == 1:
+            return self._embed(self.backbone(stems))
+        # Each stem sees its images group after group; between stems and shared layers their rows are interleaved too.
+        rows = list(torch.arange(sum(sizes), device=stems["vis" if "vis" in stems else "ir"].device).split(sizes))
+        counts = [len(images) for images in streams.values()]
+        seen = torch.cat([_interleave(rows[sum(counts[:i]) :][:count], groups) for i, count in enumerate(counts)])
+        grouped = _interleave(rows, groups)
+        output = self._embed(self.backbone(stems, seen.argsort()[grouped]))
+        back = grouped.argsort()
+        return Output(output.map[back], output.features[back])
+
+    def _embed(self, features: Tensor) -> Output:
+        with torch.autocast(features.device.type, enabled=False):
+            return Output(features, F.normalize(self.neck(self.pool(features))))
+
+    def _group_count(self, sizes: list[int]) -> int:
+        total = sum(sizes)
+        if not self.training or not 0 < self.bn_group < total:
+            return 1
+        groups = total // self.bn_group
+        if total % self.bn_group or any(size % groups for size in sizes):
+            raise UserError(
+                f"model.bn_group: a batch of {' + '.join(map(str, sizes))} images cannot be divided into groups of "
+                f"{self.bn_group} with equal parts of each kind; choose a divisor of {total} that leaves them equal, "
+                f"for example {total // 2}"
+            )
+        return groups
+
+
+def _interleave(parts: list[Tensor], groups: int) -> Tensor:
+    """Rows of all `parts`, group by group: the first of `groups` chunks of each part, then the second, and so on."""
+    if len(parts) == 1:
+        return parts[0]
+    if groups == 1:
+        return torch.cat(parts)
+    return torch.cat([chunk for group in zip(*(part.chunk(groups) for part in parts)) for chunk in group])

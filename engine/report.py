@@ -1,0 +1,113 @@
+"""What a person sees: one readable block per epoch, tables of results, and the same numbers as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from engine.evaluate import RANKS, Score
+from engine.features import NAMES
+
+
+class Phases:
+    """Seconds per named part of an epoch; device work is waited for, so that it is counted where it was started."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory taken so far, in MiB: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Log:
+    """`log.txt` for people and `metrics.jsonl` for programs, in the run folder.
+
+    Args:
+        folder: exists.
+        keep: epochs already finished; later lines of `metrics.jsonl`, left by an interrupted epoch, are dropped.
+    """
+
+    def __init__(self, folder: Path, keep: int = 0) -> None:
+        self.text, self.metrics = folder / "log.txt", folder / "metrics.jsonl"
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["epoch"] <= keep]
+            self.metrics.write_text("".join(f"{line}\n" for line in lines))
+
+    def say(self, text: str) -> None:
+        """Print, and append to log.txt."""
+        tqdm.write(text)
+        with open(self.text, "a") as file:
+            file.write(text + "\n")
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append one JSON object to metrics.jsonl."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def epoch_block(row: dict[str, Any]) -> str:
+    """The block of one epoch, from its `metrics.jsonl` row."""
+    lines = [f"epoch {row['epoch']}/{row['epochs']}  ·  stage {row['stage']}  ·  lr {row['lr']:.2g}"]
+    labels = row["labels"]
+    found = [
+        f"{word} {labels[f'clusters.{name}']:.0f} ({labels[f'outliers.{name}']:.0f} outliers)"
+        for name, word in NAMES.items()
+        if f"clusters.{name}" in labels
+    ]
+    lines.append(f"  clusters   {'   '.join(found)}{'   kept from before' if row['labels_kept'] else ''}")
+    quality = [f"{word} ARI {labels[f'ari.{name}']:.3f} AMI {labels[f'ami.{name}']:.3f}" for name, word in NAMES.items() if f"ari.{name}" in labels]
+    if "cross.precision" in labels:
+        quality.append(f"cross P {100 * labels['cross.precision']:.1f} R {100 * labels['cross.recall']:.1f}")
+    if quality:
+        lines.append(f"  labels     {'   '.join(quality)}")
+    lines.append("  loss       " + "   ".join(f"{name} {value:.4f}" for name, value in row["losses"].items()))
+    for score in row["scores"]:
+        values = score["values"]
+        text = "   ".join(f"{name} {values[name]:.2f}" for name in ("R1", "mAP", "mINP"))
+        lines.append(f"  {score['protocol']}{' ' + score['rerank'] if score['rerank'] else ''}:   {text}")
+    seconds = "   ".join(f"{name} {value:.1f}" for name, value in row["seconds"].items())
+    lines.append(
+        f"  seconds    {seconds}   ·   {row['images_per_second']:.0f} images/s   ·   peak {row['peak_mib']:.0f} MiB"
+    )
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[tuple[str, Score]]) -> str:
+    """A Markdown table of scores, percent; ± is the standard deviation over galleries or splits where there are more."""
+    columns = [f"R{rank}" for rank in RANKS] + ["mAP", "mINP"]
+    cells = [["", "protocol", *columns]]
+    for label, score in rows:
+        numbers = [
+            f"{score.values[name]:.2f}" + (f" ± {score.spread[name]:.2f}" if score.trials > 1 else "") for name in columns
+        ]
+        cells.append([label, score.protocol, *numbers])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))) + " |"
+        for line in cells
+    ]
+    rule = "|" + "|".join("-" * (width + 2) if i < 2 else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,0 +1,90 @@
+"""Run folders: what was run, with which settings, on what."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from engine import __version__, checkpoint
+from engine.config import Config, differences, load, parse, to_dict
+from engine.errors import UserError
+
+# Settings that a resumed run may change: they say where and how fast it runs, not what it computes.
+MOVABLE = ("device", "data.root", "data.cache", "data.workers", "train.checkpoint_steps", "train.compile")
+
+
+def create(config: Config, name: str, out: str = "") -> Path:
+    """A new run folder with config.yaml and environment.json.
+
+    Args:
+        name: of the configuration; names the folder when `out` is empty: runs/<name>-seed<seed>, numbered if taken.
+
+    Raises:
+        UserError: `out` holds a run already, or cannot be written to.
+    """
+    if out:
+        folder = Path(out)
+        if (folder / "config.yaml").exists():
+            raise UserError(
+                f"--out {out}: holds a run already; go on with it by --resume {out}, or choose another folder"
+            )
+    else:
+        folder, number = Path("runs") / f"{name}-seed{config.seed}", 1
+        while folder.exists():
+            number += 1
+            folder = Path("runs") / f"{name}-seed{config.seed}-{number}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder by --out") from error
+    checkpoint.write(folder / "environment.json", json.dumps(environment(config.seed), indent=2).encode())
+    checkpoint.write(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+    return folder
+
+
+def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
+    """The folder of an interrupted run, and its configuration with the settings that may change.
+
+    Raises:
+        UserError: no such run, nothing to resume from, or another setting than `MOVABLE` changed.
+    """
+    folder = Path(run)
+    if folder.suffix == ".pt":
+        folder = folder.parent
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--resume {run}: not a run folder (it has no config.yaml)")
+    if not (folder / "last.pt").is_file():
+        raise UserError(f"--resume {run}: it was stopped before its first checkpoint; start it again without --resume")
+    saved = to_dict(parse(checkpoint.load(folder / "last.pt")["config"]))
+    config = load(str(folder / "config.yaml"), overrides)
+    changed = [line for line in differences(saved, to_dict(config)) if line.split(":")[0] not in MOVABLE]
+    if changed:
+        raise UserError(
+            f"--resume {run}: the checkpoint was made with other settings ({'; '.join(changed)}). A resumed run may "
+            f"change {', '.join(MOVABLE)} only; undo the change, or start a new run"
+        )
+    return config, folder
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, commit and machine, for environment.json."""
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False)
+    return {
+        "command": " ".join(sys.argv),
+        "engine": __version__,
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "machine": platform.platform(),
+        "seed": seed,
+    }

@@ -1,0 +1,388 @@
+"""The training loop: features -> labels -> memories -> steps -> scores -> checkpoint, epoch after epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine import checkpoint, data, methods, optim, report, seeds
+from engine.cluster import Labels, quality
+from engine.config import Config, Stage, to_dict
+from engine.data import sampler
+from engine.data.loader import Batch, Loader
+from engine.errors import UserError
+from engine.device import pick_device
+from engine.evaluate import Score, decode, evaluate_network
+from engine.features import NAMES, autocast, extract
+from engine.losses import instance_contrast
+from engine.model.network import Output
+from engine.pair import Pair
+
+# Streams of random numbers; every draw is keyed by one of these, the seed, the epoch and the step.
+_SAMPLING, _AUGMENTING, _WARMING = 0, 1, 2
+
+
+@dataclass
+class State:
+    """What changes during training, and all that a checkpoint must hold.
+
+    Attributes:
+        started: the untrained network is scored and the warm-up is over.
+        epoch, step: the next ones to run, counted over all stages and within the epoch.
+        labels, memories, totals: of the running epoch (totals: sums of the loss terms so far).
+        milestones: scores of the untrained network, at the end of each stage, and so on, for the final table.
+        best: epoch, score and its dictionary of the best epoch by the main protocol's mAP.
+    """
+
+    started: bool = False
+    epoch: int = 0
+    step: int = 0
+    labels: Labels | None = None
+    labels_kept: bool = False
+    memories: dict[str, Tensor] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    milestones: list[tuple[str, list[Score]]] = field(default_factory=list)
+    best: tuple[int, list[Score]] | None = None
+
+
+class Trainer:
+    """One run in one folder.
+
+    Args:
+        config: the run's settings.
+        folder: the run folder; exists.
+        resume: go on from the folder's last.pt.
+    """
+
+    def __init__(self, config: Config, folder: Path, *, resume: bool = False) -> None:
+        self.config, self.folder = config, folder
+        self.device = pick_device(config.device)
+        _set_precision(config)
+        torch.manual_seed(config.seed)
+        self.dataset = data.read(config.data)
+        self.pixels = decode(self.dataset.train, config)
+        self.test_pixels = decode(self.dataset.test, config) if self.dataset.test else None
+        self.method = methods.find(config.method.name)(config)
+        self.network = self.method.build().to(self.device)
+        if config.train.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = optim.build(self.network, config.optim)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
+        self.state = State()
+        if resume:
+            self._restore(checkpoint.load(folder / "last.pt"))
+        elif config.train.start_from:
+            self._start_from(config.train.start_from)
+        self.forward: Any = torch.compile(self.network) if config.train.compile else self.network
+        self.log = report.Log(folder, keep=self.state.epoch)
+
+    def run(self) -> list[tuple[str, Score]]:
+        """Train to the end; returns the rows of the final table, which is also in the folder's results.md."""
+        schedule = list(_schedule(self.config.train.stages))
+        if not self.state.started:
+            self._start()
+        for epoch, stage in schedule[self.state.epoch :]:
+            try:
+                self._epoch(epoch, stage, len(schedule))
+            except RuntimeError as error:
+                if "is not finite" not in str(error):
+                    raise
+                raise UserError(
+                    f"epoch {epoch + 1}, step {self.state.step + 1}: {error}. Nothing of this step was kept; lower "
+                    "optim.lr, or use train.precision=fp32, then go on with --resume"
+                ) from error
+        return self._results()
+
+    def _start(self) -> None:
+        """Score the network as it is, and warm it up where that is wanted."""
+        loaded = bool(self.config.train.start_from)
+        self._milestone("as loaded" if loaded else "untrained")
+        if self.config.train.warm_up.iterations and not loaded:
+            self._warm_up()
+            self._milestone("after warm-up")
+        self.state.started = True
+        self._save("last.pt")
+
+    def _epoch(self, epoch: int, stage: int, epochs: int) -> None:
+        settings = self.config.train.stages[stage]
+        within = epoch - sum(earlier.epochs for earlier in self.config.train.stages[:stage])
+        state, phases = self.state, report.Phases(self.device)
+        if within == 0 and state.step == 0:
+            self.optimizer = optim.build(self.network, self.config.optim)
+        rate = optim.learning_rate(self.config.optim, within, settings.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if state.step == 0:
+            self._label(stage, phases)
+        assert state.labels is not None
+        first_step = state.step
+        with phases("train"):
+            self._steps(settings, epoch, within, stage)
+        last = within == settings.epochs - 1
+        scores = []
+        with phases("evaluate"):
+            if self.test_pixels is not None and (last or (epoch + 1) % self.config.evaluate.every == 0):
+                scores = self._scores()
+        labels = self.method.describe(state.labels) | quality(state.labels, self.dataset.train.map(lambda x: x.ids))
+        images = 3 * settings.labels * settings.images * (settings.iterations - first_step)
+        row = {
+            "epoch": epoch + 1,
+            "epochs": epochs,
+            "stage": stage + 1,
+            "lr": rate,
+            "labels": labels,
+            "labels_kept": state.labels_kept,
+            "losses": {name: float(total) / settings.iterations for name, total in state.totals.items()},
+            "scores": [asdict(score) for score in scores],
+            "seconds": phases.seconds,
+            "images_per_second": images / phases.seconds["train"],
+            "peak_mib": report.peak_memory(self.device),
+        }
+        main = [score for score in row["scores"] if score["protocol"] == self.dataset.protocols[0].name] if scores else []
+        self.log.say(report.epoch_block(row | {"scores": main}))
+        self.log.record(row)
+        state.epoch, state.step, state.totals = epoch + 1, 0, {}
+        if scores and (state.best is None or scores[0].values["mAP"] > state.best[1][0].values["mAP"]):
+            state.best = (epoch + 1, scores)
+            self._save("best.pt")
+        if last:
+            if scores:
+                state.milestones.append((f"after stage {stage + 1}", scores))
+            self._save(f"stage{stage + 1}.pt")
+        self._save("last.pt")
+
+    def _label(self, stage: int, phases: report.Phases) -> None:
+        """The offline step at the start of an epoch: features, pseudo-labels, memories."""
+        state = self.state
+        with phases("extract"):
+            features = extract(self.network, self.pixels, self.config, self.device, progress="training images")
+        with phases("label"):
+            labels = self.method.label(features, stage)
+            state.labels_kept = 0 in labels.counts
+            if state.labels_kept:
+                empty = [NAMES[name] for name, count in zip(("vis", "ir"), labels.counts) if count == 0]
+                if state.labels is None:
+                    raise UserError(
+                        f"no cluster among the {' and '.join(empty)} images: nothing to learn from. Raise cluster.eps "
+                        f"({self.config.cluster.eps}), lower cluster.min_samples ({self.config.cluster.min_samples}), "
+                        "or start from better features (model.weights, train.warm_up)"
+                    )
+                self.log.say(f"no cluster among the {' and '.join(empty)} images: the last epoch's labels are kept")
+                labels = state.labels
+            state.labels = labels
+        with phases("memories"):
+            state.memories = self.method.memories(features, labels)
+
+    def _steps(self, settings: Stage, epoch: int, within: int, stage: int) -> None:
+        state, config = self.state, self.config
+        assert state.labels is not None
+        loader = Loader(self.pixels, config.augment, self.device, (_AUGMENTING, config.seed))
+        plan = _plan(state.labels, settings, seeds.random_state(_SAMPLING, config.seed, epoch))
+        batches = loader.batches(plan, state.labels, epoch, ltg=stage == 0, start=state.step)
+        title = f"epoch {epoch + 1} (stage {stage + 1}, {within + 1}/{settings.epochs})"
+        bar = tqdm(batches, title, settings.iterations, initial=state.step, leave=False, disable=None, unit="step")
+        self.network.train()
+        for batch in bar:
+            terms = self._step(batch)
+            for name, value in terms.items():
+                state.totals[name] = state.totals.get(name, torch.zeros((), device=self.device)) + value
+            state.step += 1
+            every = config.train.checkpoint_steps
+            if every and state.step % every == 0 and state.step < settings.iterations:
+                self._save("last.pt")
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step and the update of the memories; returns the loss terms."""
+        parts = batch.split(self.config.train.accumulate)
+        outputs, sums = [], {}
+        for part in parts:
+            output = self._forward(vis=part.vis, aug=part.aug, ir=part.ir)
+            terms = self.method.losses(output, part, self.state.memories)
+            for name, term in terms.items():
+                _assert_finite(term, name)
+                sums[name] = sums.get(name, 0) + term.detach() / len(parts)
+            self.scaler.scale(torch.stack(list(terms.values())).sum() / len(parts)).backward()
+            outputs.append(output)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.update(_join(outputs), batch, self.state.memories)
+        return sums
+
+    def _warm_up(self) -> None:
+        """Instance contrast of random images within each modality, before the first clustering."""
+        settings, key = self.config.train.warm_up, (_WARMING, self.config.seed)
+        rng = seeds.random_state(*key)
+        plan = (
+            self.pixels.map(lambda pixels: rng.choice(len(pixels), min(settings.images, len(pixels)), replace=False))
+            for _ in range(settings.iterations)
+        )
+        loader = Loader(self.pixels, self.config.augment, self.device, key)
+        self.network.train()
+        for views in tqdm(loader.views(plan, 0), "warm-up", settings.iterations, leave=False, disable=None, unit="step"):
+            output = self._forward(vis=views.vis.vis, aug=views.vis.ir, ir=torch.cat(list(views.ir)))
+            count = [len(views.vis.vis)] * 2 + [len(views.ir.vis)] * 2
+            vis, aug, first, second = output.features.split(count)
+            loss = instance_contrast(vis, aug, settings.temperature)
+            loss = loss + instance_contrast(first, second, settings.temperature)
+            _assert_finite(loss, "warm-up")
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _forward(self, **images: Tensor) -> Output:
+        if self.config.train.channels_last:
+            images = {name: x.contiguous(memory_format=torch.channels_last) for name, x in images.items()}
+        with autocast(self.config, self.device):
+            return self.forward(**images)
+
+    def _scores(self) -> list[Score]:
+        assert self.test_pixels is not None
+        return evaluate_network(self.network, self.dataset, self.test_pixels, self.config, self.device)
+
+    def _milestone(self, name: str) -> None:
+        if self.test_pixels is None:
+            return
+        scores = self._scores()
+        self.state.milestones.append((name, scores))
+        self.log.say(f"{name}: {scores[0].protocol} R1 {scores[0].values['R1']:.2f} mAP {scores[0].values['mAP']:.2f}")
+
+    def _results(self) -> list[tuple[str, Score]]:
+        """Rows of the final table, written to results.md as well."""
+        state = self.state
+        if not state.milestones:
+            return []
+        main = self.dataset.protocols[0].name
+        rows = [(name, scores[0]) for name, scores in state.milestones]
+        if state.best is not None:
+            rows.append((f"best epoch ({state.best[0]}), chosen on these scores", state.best[1][0]))
+        _, final = state.milestones[-1]
+        rows += [("last epoch", score) for score in final if score.protocol != main and not score.rerank]
+        rows += [(f"last epoch + {score.rerank}", score) for score in final if score.rerank]
+        checkpoint.write(self.folder / "results.md", (report.table(rows) + "\n").encode())
+        return rows
+
+    def _save(self, name: str) -> None:
+        state = self.state
+        content: dict[str, Any] = {
+            "config": to_dict(self.config),
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "started": state.started,
+            "epoch": state.epoch,
+            "step": state.step,
+            "labels": _plain_labels(state.labels),
+            "labels_kept": state.labels_kept,
+            "memories": state.memories,
+            "totals": state.totals,
+            "milestones": [[label, [asdict(score) for score in scores]] for label, scores in state.milestones],
+            "best": state.best and [state.best[0], [asdict(score) for score in state.best[1]]],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "images": _fingerprint(self.dataset.train),
+        }
+        checkpoint.save(self.folder / name, content)
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        if content["images"] != _fingerprint(self.dataset.train):
+            raise UserError(
+                f"{self.folder}: the training images are not those this run was started with "
+                f"({content['images']} then, {_fingerprint(self.dataset.train)} now); restore the data set, or start a new run"
+            )
+        checkpoint.load_network(self.network, content)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        moved = {name: bank.to(self.device) for name, bank in content["memories"].items()}
+        totals = {name: total.to(self.device) for name, total in content["totals"].items()}
+        best = content["best"]
+        self.state = State(
+            content["started"],
+            content["epoch"],
+            content["step"],
+            _labels(content["labels"], self.device),
+            content["labels_kept"],
+            moved,
+            totals,
+            [(label, [Score(**score) for score in scores]) for label, scores in content["milestones"]],
+            best and (best[0], [Score(**score) for score in best[1]]),
+        )
+        torch.set_rng_state(content["rng"])
+        if content["cuda_rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(content["cuda_rng"])
+
+    def _start_from(self, source: str) -> None:
+        """Take over a network that finished some stages, and begin after them."""
+        content = checkpoint.load(checkpoint.locate(source, "stage1"))
+        checkpoint.load_network(self.network, content)
+        done, ends = content["epoch"], np.cumsum([stage.epochs for stage in self.config.train.stages])
+        if done not in ends[:-1] or content["step"]:
+            raise UserError(
+                f"train.start_from: {source} was saved after {done} epochs; with train.stages of "
+                f"{', '.join(str(stage.epochs) for stage in self.config.train.stages)} epochs it must end a stage but the "
+                f"last (after {', '.join(map(str, ends[:-1])) or 'none'})"
+            )
+        self.state.epoch = done
+
+
+def _set_precision(config: Config) -> None:
+    torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = config.train.precision == "tf32"
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
+def _schedule(stages: tuple[Stage, ...]) -> Iterator[tuple[int, int]]:
+    """(epoch, stage) for every epoch of the run."""
+    epoch = 0
+    for index, stage in enumerate(stages):
+        for _ in range(stage.epochs):
+            yield epoch, index
+            epoch += 1
+
+
+def _plan(labels: Labels, settings: Stage, rng: np.random.RandomState) -> Iterator[Pair[np.ndarray]]:
+    """Rows of every batch of the epoch: pairs across the modalities where they are associated."""
+    own = labels.own.map(lambda part: part.cpu().numpy())
+    shape = dict(label_count=settings.labels, image_count=settings.images, iterations=settings.iterations, rng=rng)
+    if labels.cross is None:
+        return sampler.independent_batches(own, **shape)
+    return sampler.paired_batches(own, labels.cross.map(lambda part: part.cpu().numpy()), **shape)
+
+
+def _join(outputs: list[Output]) -> Output:
+    """Rows of micro-batches [vis; aug; ir] -> the rows of the whole batch in the same order, without gradient."""
+    if len(outputs) == 1:
+        return outputs[0]
+    maps, features = (
+        torch.cat([torch.cat(kind) for kind in zip(*(x.detach().chunk(3) for x in parts))])
+        for parts in ([output.map for output in outputs], [output.features for output in outputs])
+    )
+    return Output(maps, features)
+
+
+def _assert_finite(term: Tensor, name: str) -> None:
+    torch._assert_async(torch.isfinite(term.detach()), f"loss term '{name}' is not finite")
+
+
+def _plain_labels(labels: Labels | None) -> list[list[Tensor] | None] | None:
+    if labels is None:
+        return None
+    return [part and list(part) for part in (labels.clusters, labels.own, labels.cross)]
+
+
+def _labels(content: list[Any] | None, device: torch.device) -> Labels | None:
+    if content is None:
+        return None
+    return Labels(*(part and Pair(*(rows.to(device) for rows in part)) for part in content))
+
+
+def _fingerprint(images: Pair[Any]) -> str:
+    return f"{len(images.vis)} visible, {len(images.ir)} infrared"

@@ -1,0 +1,46 @@
+"""Train by a configuration: `python tools/train.py --cfg demo.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from engine import config, report, runs
+from engine.errors import run_tool
+from engine.trainer import Trainer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Train by a configuration. The run folder gets the settings, a log, metrics and checkpoints.",
+        epilog="Configurations: " + ", ".join(sorted(path.name for path in config.CONFIGS.glob("*.yaml"))),
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cfg", metavar="NAME", help="a YAML file, or the name of one that comes with the engine")
+    what.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, from its folder")
+    parser.add_argument(
+        "--set", metavar="A.B=C", action="append", default=[], help="change one setting (again for more)"
+    )
+    parser.add_argument("--out", metavar="DIR", default="", help="run folder (default: runs/<cfg>-seed<seed>)")
+    arguments = parser.parse_args()
+    if arguments.resume:
+        if arguments.out:
+            parser.error("--out does not go with --resume: the run stays in its folder")
+        settings, folder = runs.reopen(arguments.resume, arguments.set)
+    else:
+        settings = config.load(arguments.cfg, arguments.set)
+        folder = runs.create(settings, Path(arguments.cfg).stem, arguments.out)
+    print(f"run folder: {folder}")
+    try:
+        rows = Trainer(settings, folder, resume=bool(arguments.resume)).run()
+    except KeyboardInterrupt:
+        if (folder / "last.pt").exists():
+            print(f"\nstopped; go on with: python tools/train.py --resume {folder}", file=sys.stderr)
+        return 130
+    print(f"\n{report.table(rows)}\n\nin {folder}/results.md" if rows else f"\ndone; the network is in {folder}/last.pt")
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
