@@ -1,0 +1,59 @@
+"""Own footage: `<root>/visible` and `<root>/infrared`, unlabelled; `query` and `gallery` beside them to be scored."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from engine.data import layout
+from engine.data.dataset import Dataset, Images, Protocol, Trial
+from engine.errors import UserError
+from engine.pair import Modality, Pair
+
+_NAME = re.compile(r"(\d+)_c(\d+)")
+
+
+def read(root: str | Path, *, query: Modality = "ir") -> Dataset:
+    """Read two folders of unlabelled images (searched with their subfolders), and test images where there are some.
+
+    With `query` and `gallery`, whose files are named `<identity>_c<camera>_*.jpg`, the data set has the protocol "query
+    to gallery" with the rule "llcm" (same identity and camera removed); without them it has nothing to be scored on.
+
+    Args:
+        root: folder with visible and infrared.
+        query: modality of the images in `query`; those in `gallery` are of the other one.
+
+    Raises:
+        UserError: a folder is missing or without images, only one of `query` and `gallery` is there, or a test image is
+            not named as above.
+    """
+    root = layout.existing(Path(root).expanduser(), "a folder with visible and infrared")
+    train = Pair(vis="visible", ir="infrared").map(lambda name: _list_unlabelled(root / name))
+    sides = {name: (root / name).is_dir() for name in ("query", "gallery")}
+    if not any(sides.values()):
+        return Dataset(root.name, train, None, ())
+    if not all(sides.values()):
+        there, absent = sorted(sides, key=lambda name: not sides[name])
+        raise UserError(f"{root / absent} not found: {there} needs it; add it, or remove {there} to train only")
+    queries, gallery = _list_named(root / "query"), _list_named(root / "gallery")
+    test = Pair(vis=queries, ir=gallery) if query == "vis" else Pair(vis=gallery, ir=queries)
+    layout.check_matches(str(root), test.vis, test.ir)
+    trial = Trial(layout.everything(queries), layout.everything(gallery))
+    return Dataset(root.name, train, test, (Protocol("query to gallery", query, (trial,), "llcm"),))
+
+
+def _list_unlabelled(folder: Path) -> Images:
+    paths = layout.list_images(layout.existing(folder, f"the {folder.name} images"), recursive=True)
+    unknown = np.full(len(paths), -1, dtype=np.int64)
+    return Images(tuple(paths), unknown, unknown)
+
+
+def _list_named(folder: Path) -> Images:
+    paths = layout.list_images(folder)
+    matches = {path: match for path in paths if (match := _NAME.match(Path(path).name))}
+    wrong = [Path(path).name for path in paths if path not in matches]
+    if wrong:
+        raise UserError(f"{folder}: {layout.some(wrong)} not named <identity>_c<camera>_*, as 0012_c3_0001.jpg is")
+    return layout.collect((path, int(match[1]), int(match[2])) for path, match in matches.items())

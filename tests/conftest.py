@@ -1,0 +1,28 @@
+"""One tree per layout, built once for all tests that only read it. A test that damages a tree builds its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trees
+
+
+@pytest.fixture(scope="session")
+def sysu_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trees.build_sysu(tmp_path_factory.mktemp("sysu"))
+
+
+@pytest.fixture(scope="session")
+def regdb_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trees.build_regdb(tmp_path_factory.mktemp("regdb"))
+
+
+@pytest.fixture(scope="session")
+def llcm_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trees.build_llcm(tmp_path_factory.mktemp("llcm"))
+
+
+@pytest.fixture(scope="session")
+def folder_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trees.build_folder(tmp_path_factory.mktemp("footage"))
