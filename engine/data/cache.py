@@ -1,0 +1,167 @@
+"""Images decoded once, to a memory-mapped file that a changed data set no longer matches."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from engine.data import layout
+from engine.data.dataset import Images
+from engine.errors import UserError
+
+FORMAT = 1  # part of every key: raise it when the same files would be decoded to other pixels
+BLOCK = 256  # images decoded before they are written, which bounds the memory
+
+
+def decode(
+    images: Images, size: tuple[int, int], *, folder: str = "", workers: int = 0, label: str = "visible"
+) -> np.ndarray:
+    """The pixels of `images`, from the cache or decoded into it.
+
+    The cached file is named by a hash of the paths, their sizes and times of change, `size` and the format's version. It
+    appears whole or not at all: it is written under another name first. Processes that decode the same images at the
+    same time each write their own and one of them stays.
+
+    Args:
+        images: N > 0 image files, of any size and mode.
+        size: height and width, resized to by Lanczos.
+        folder: of the cache; empty = $XDG_CACHE_HOME/vireid-engine or ~/.cache/vireid-engine.
+        workers: threads, which decode side by side as Pillow releases the interpreter; 0 = one per core.
+        label: what the images are, for the progress bar and the file's name.
+
+    Returns:
+        [N, H, W, 3] uint8 RGB, memory-mapped, read-only.
+
+    Raises:
+        UserError: images are missing, empty, truncated or unreadable, or the cache's folder is full or not writable.
+    """
+    if not images.paths:
+        raise UserError(f"no {label} images to decode")
+    cache = Path(folder).expanduser() if folder else _default_folder()
+    shape = (len(images), *size, 3)
+    file = cache / f"{label}-{_key(images.paths, size)}.npy"
+    if not file.exists():
+        with _writable(cache, int(np.prod(shape))):
+            _clean(cache)
+            with _temporary(file) as output:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(output, header)
+                for block in _decode_blocks(images.paths, size, workers or _core_count(), label):
+                    output.write(block.data)
+    return np.load(file, mmap_mode="r")
+
+
+def _default_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "vireid-engine"
+
+
+def _core_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _key(paths: tuple[str, ...], size: tuple[int, int]) -> str:
+    digest, bad = hashlib.sha256(f"{FORMAT} {size}".encode()), []
+    for path in paths:
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            bad.append(f"{path}: {error.strerror}")
+        else:
+            digest.update(f"\0{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    _refuse(bad, len(paths))
+    return digest.hexdigest()[:32]
+
+
+def _decode_blocks(paths: tuple[str, ...], size: tuple[int, int], workers: int, label: str) -> Iterator[np.ndarray]:
+    """Blocks of decoded images in order. All files are tried before the bad ones are named together."""
+    bad: list[str] = []
+    progress = tqdm(total=len(paths), desc=f"decoding {label} images", unit="image")
+    with ThreadPool(workers) as pool, progress:
+        for start in range(0, len(paths), BLOCK):
+            results = pool.map(lambda path: _decode_one(path, size), paths[start : start + BLOCK])
+            progress.update(len(results))
+            bad += [result for result in results if isinstance(result, str)]
+            if not bad:
+                yield np.stack(results)
+    _refuse(bad, len(paths))
+
+
+def _decode_one(path: str, size: tuple[int, int]) -> np.ndarray | str:
+    """The pixels of one file, or what is wrong with it."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS))
+    except Exception as error:  # noqa: BLE001  Pillow's decoders raise much more than OSError on damaged files
+        empty = os.path.exists(path) and os.path.getsize(path) == 0
+        reason = "is empty" if empty else str(error) or type(error).__name__
+        return f"{path}: {reason}"
+
+
+def _refuse(bad: list[str], count: int) -> None:
+    if bad:
+        raise UserError(
+            f"cannot read {layout.some(bad)} of {count} images; replace these files from the data set's archive"
+        )
+
+
+@contextlib.contextmanager
+def _writable(folder: Path, byte_count: int) -> Iterator[None]:
+    """Make `folder`, and turn what the file system refuses inside the block into words."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < byte_count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(folder).free
+            raise UserError(
+                f"the cache needs {byte_count:,} bytes in {folder}, where {free:,} are free; "
+                "make room, or name another folder in data.cache"
+            ) from error
+        raise UserError(
+            f"the cache folder {folder} cannot be written ({error.strerror}); name another one in data.cache"
+        ) from error
+
+
+@contextlib.contextmanager
+def _temporary(file: Path) -> Iterator[IO[bytes]]:
+    """A locked file beside `file`, renamed to it when the block ends well and removed when it does not."""
+    while True:
+        with open(file.with_name(f"{file.stem}-{uuid.uuid4().hex}.tmp"), "xb") as output:
+            try:
+                fcntl.flock(output, fcntl.LOCK_EX)
+                if os.fstat(output.fileno()).st_nlink == 0:  # another process cleaned it away before it was locked
+                    continue
+                yield output
+                output.flush()
+                os.fsync(output.fileno())
+                os.replace(output.name, file)
+                return
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(output.name)
+                raise
+
+
+def _clean(folder: Path) -> None:
+    """Remove the temporary files of killed processes: those that nobody holds locked."""
+    for path in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb") as leftover:
+            fcntl.flock(leftover, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
