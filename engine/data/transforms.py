@@ -18,7 +18,7 @@ from engine.config import Augment
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # of ImageNet
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-GREY = torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)  # luma weights of ITU-R BT.601
+GREY = (0.2989, 0.587, 0.114)  # luma weights of ITU-R BT.601
 ERASED_AREA = (0.02, 0.4)
 ERASED_ASPECT = (0.3, 1 / 0.3)
 RECTANGLE_ATTEMPTS = 10
@@ -87,7 +87,12 @@ def _to_planes(images: Tensor) -> Tensor:
 
 
 def _standardize(planes: Tensor) -> Tensor:
-    return planes.sub_(MEAN.to(planes.device)).div_(STD.to(planes.device))
+    return planes.sub_(_beside(planes, MEAN)).div_(_beside(planes, STD))
+
+
+def _beside(planes: Tensor, draws: Tensor) -> Tensor:
+    """A small CPU tensor on the images' device, without waiting for it."""
+    return draws.to(planes.device, non_blocking=True)
 
 
 def _uniform(low: float, high: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -97,8 +102,8 @@ def _uniform(low: float, high: float, shape: tuple[int, ...], generator: Generat
 def _pick_planes(planes: Tensor, index: Tensor) -> Tensor:
     """[B, P, H, W] and the planes [B, 3] that each image takes -> [B, 3, H, W]."""
     count = planes.shape[1]
-    flat = (index + count * torch.arange(len(index)).view(-1, 1)).flatten().to(planes.device)
-    return planes.flatten(0, 1).index_select(0, flat).view(-1, 3, *planes.shape[2:])
+    flat = (index + count * torch.arange(len(index)).view(-1, 1)).flatten()
+    return planes.flatten(0, 1).index_select(0, _beside(planes, flat)).view(-1, 3, *planes.shape[2:])
 
 
 def _crop_and_flip(images: Tensor, settings: Augment, generator: Generator) -> Tensor:
@@ -111,15 +116,15 @@ def _crop_and_flip(images: Tensor, settings: Augment, generator: Generator) -> T
     columns = torch.where(flipped, torch.arange(width).flip(0), torch.arange(width)) + left
     padded = functional.pad(images, (0, 0, pad, pad, pad, pad))
     first = torch.arange(batch).view(-1, 1, 1) * padded.shape[1] * padded.shape[2]
-    pixels = (first + rows.unsqueeze(2) * padded.shape[2]).to(images.device) + columns.unsqueeze(1).to(images.device)
+    starts = first + rows.unsqueeze(2) * padded.shape[2]
+    pixels = _beside(images, starts) + _beside(images, columns.unsqueeze(1))
     return _to_planes(padded.flatten(0, 2).index_select(0, pixels.flatten()).view(images.shape))
 
 
 def _grey(planes: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B, 1, H, W] luma."""
     red, green, blue = planes.unbind(1)
-    weights = GREY.flatten().tolist()
-    return (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2]).unsqueeze(1)
+    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2]).unsqueeze(1)
 
 
 def _jitter(planes: Tensor, strength: float, generator: Generator) -> Tensor:
@@ -139,9 +144,8 @@ def _jitter(planes: Tensor, strength: float, generator: Generator) -> Tensor:
         hue = operation == 3
         factor = factors.gather(1, operation.clamp(max=2).view(-1, 1)).masked_fill(hue.view(-1, 1), 1)
         _blend(planes, operation, factor)
-        rows = hue.nonzero().flatten()
-        turned = _turn_hue(planes.index_select(0, rows.to(planes.device)), turns[rows])
-        planes.index_copy_(0, rows.to(planes.device), turned)
+        rows = _beside(planes, hue.nonzero().flatten())
+        planes.index_copy_(0, rows, _turn_hue(planes.index_select(0, rows), turns[hue]))
     return planes
 
 
@@ -149,11 +153,11 @@ def _blend(planes: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
     """`factor * image + (1 - factor) * other`, clipped; other is black, mean grey or grey for operation 0, 1 or 2."""
 
     def weight(of: int) -> Tensor:
-        return ((1 - factor) * (operation == of).view(-1, 1)).view(-1, 1, 1, 1).to(planes.device)
+        return _beside(planes, ((1 - factor) * (operation == of).view(-1, 1)).view(-1, 1, 1, 1))
 
     grey = _grey(planes)
     other = grey.mean((2, 3), keepdim=True) * weight(1) + grey * weight(2)
-    return planes.mul_(factor.view(-1, 1, 1, 1).to(planes.device)).add_(other).clamp_(0, 1)
+    return planes.mul_(_beside(planes, factor.view(-1, 1, 1, 1))).add_(other).clamp_(0, 1)
 
 
 def _turn_hue(planes: Tensor, turns: Tensor) -> Tensor:
@@ -169,7 +173,7 @@ def _turn_hue(planes: Tensor, turns: Tensor) -> Tensor:
     difference = torch.lerp(torch.lerp(red - green, blue - red, is_green), green - blue, is_red)  # where() is slow
     hue = difference.div_(chroma.clamp(min=1e-12))  # where chroma is 0, any hue will do
     hue += (4 - 2 * is_green).mul_(1 - is_red)
-    hue += (6 * turns).view(-1, 1, 1).to(planes.device)
+    hue += _beside(planes, (6 * turns).view(-1, 1, 1))
     turned = torch.empty_like(planes)
     for channel, n in zip(turned.unbind(1), (5, 3, 1), strict=True):
         place = hue + n
@@ -204,8 +208,8 @@ def _rectangles(count: int, size: tuple[int, int], probability: float, generator
 def _erase(planes: Tensor, probability: float, generator: Generator) -> Tensor:
     """Fill a random rectangle with ImageNet's mean, which the release does after normalisation."""
     rows, columns = _rectangles(len(planes), (planes.shape[2], planes.shape[3]), probability, generator)
-    inside = rows[:, None, :, None].float().to(planes.device) * columns[:, None, None, :].float().to(planes.device)
-    return planes.lerp_(MEAN.to(planes.device), inside)
+    tall, wide = rows[:, None, :, None].float(), columns[:, None, None, :].float()
+    return planes.lerp_(_beside(planes, MEAN), _beside(planes, tall) * _beside(planes, wide))
 
 
 def _scale_rectangles(planes: Tensor, probability: float, generator: Generator) -> Tensor:
@@ -223,5 +227,5 @@ def _scale_rectangles(planes: Tensor, probability: float, generator: Generator) 
     for i_rectangle in range(count):
         tall = rows.view(batch, count, 1, -1, 1)[:, i_rectangle] * change[:, i_rectangle, :, None, None]
         wide = columns.view(batch, count, 1, 1, -1)[:, i_rectangle].float()
-        planes.addcmul_(planes, tall.to(planes.device) * wide.to(planes.device))
+        planes.addcmul_(planes, _beside(planes, tall) * _beside(planes, wide))
     return planes

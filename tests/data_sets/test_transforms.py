@@ -130,7 +130,13 @@ def test_ltg_is_for_the_original_of_stage_one_only():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_sees_the_draws_of_the_cpu():
     images = pixels(32, 24, 12)
-    for here, there in zip(views(images, Augment(pad=2)), views(images.cuda(), Augment(pad=2)), strict=True):
+    moved = images.cuda()
+    torch.cuda.set_sync_debug_mode("error")  # nothing may wait for the device
+    try:
+        on_gpu = views(moved, Augment(pad=2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for here, there in zip(views(images, Augment(pad=2)), on_gpu, strict=True):
         torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
 
 
