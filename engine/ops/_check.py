@@ -105,3 +105,9 @@ def csr(name: str, value: object, shape: str) -> Tensor:
         raise fail(name, "of a floating dtype", value)
     in_range(f"the columns of {name}", value.col_indices(), value.shape[1], low=0)
     return value
+
+
+def no_nan(name: str, value: Tensor) -> None:
+    """Under `ENGINE_DEBUG=1` only: no entry is NaN."""
+    if debug() and (nan_count := int(value.isnan().sum())):
+        raise ValueError(f"{name} must be without NaN, got {nan_count} of {value.numel()} entries")

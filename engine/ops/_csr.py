@@ -1,0 +1,44 @@
+"""Making and reading `torch.sparse_csr` matrices."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+
+def build(row_counts: Tensor, columns: Tensor, values: Tensor, column_count: int) -> Tensor:
+    """The CSR matrix whose row i holds the next `row_counts[i]` of `columns` (ascending in a row) and `values`."""
+    starts = torch.cat([row_counts.new_zeros(1), row_counts.cumsum(0)])
+    size = (len(row_counts), column_count)
+    with warnings.catch_warnings():
+        # torch announces the beta state of CSR tensors at the first one: nothing a user of an operator can act on.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+
+
+def row_counts(csr: Tensor) -> Tensor:
+    """How many entries each row stores, `[rows]` int64."""
+    return csr.crow_indices().diff()
+
+
+def row_indices(csr: Tensor) -> Tensor:
+    """The row of every stored entry, `[entries]` int64."""
+    rows = torch.arange(csr.shape[0], device=csr.device)
+    return rows.repeat_interleave(row_counts(csr), output_size=csr.values().numel())
+
+
+def expand(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Enumerate segments of a flat array, one after the other.
+
+    Args:
+        starts, lengths: `[S]` int64, segment s is `starts[s], starts[s] + 1, ...`.
+
+    Returns:
+        (segment, position), `[sum of lengths]` int64: whose element it is, and where it lies.
+    """
+    ends = lengths.cumsum(0)
+    segment = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    position = torch.arange(len(segment), device=lengths.device) + (starts - ends + lengths)[segment]
+    return segment, position

@@ -1,0 +1,51 @@
+"""The k-nearest-neighbour graph with rows that sum to 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check, _csr
+from engine.ops._backend import pick
+from engine.ops._precision import accumulation_dtype
+from engine.ops.topk import topk
+
+
+@torch.no_grad()
+def affinity(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+    """One block of the propagation graph: `A_ij = max(s_ij, 0) / sum` over the `k` largest `s_ij = q_i . b_j` of row i.
+
+    SALCR (Cheng et al., IJCV 2025), the graph of Eq. 28. Of equal similarities at the k-th place the lower index is
+    kept. A row without a positive similarity stores nothing.
+
+    Args:
+        queries: `[B, D]` float32, float16, bfloat16 or float64; no gradient is computed.
+        bank: `[N, D]`, likewise.
+        k: neighbours kept per row at most.
+
+    Returns:
+        `[B, N]` `torch.sparse_csr`, columns ascending; float64 for float64 inputs, else float32.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    _check.tensor("queries", queries, "B D")
+    _check.tensor("bank", bank, "N D")
+    _check.like("bank", bank, "queries", queries, dtype=False)
+    _check.size("bank", bank, 1, queries.shape[1], "the width of queries")
+    _check.no_nan("queries", queries)
+    _check.no_nan("bank", bank)
+    _check.count("k", k)
+    return pick("affinity", queries.device)(queries, bank, k)
+
+
+def reference(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+    """Neighbours from `topk`, sorted by column."""
+    values, indices = topk(queries, bank, k)
+    values = values.to(accumulation_dtype(values))
+    bank_count = bank.shape[0]
+    columns, order = indices.masked_fill(~(values > 0), bank_count).sort(dim=1)
+    kept = columns < bank_count
+    values = values.gather(1, order).masked_fill(~kept, 0)
+    weights = values / values.sum(dim=1, keepdim=True)
+    return _csr.build(kept.sum(dim=1), columns[kept], weights[kept], bank_count)

@@ -1,0 +1,57 @@
+"""Cross-modality feature propagation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.ops import _check
+from engine.ops._backend import pick
+from engine.ops._precision import accumulation_dtype
+from engine.ops.affinity import affinity
+from engine.ops.propagate import propagate
+
+
+@torch.no_grad()
+def cmfp(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
+    """Every feature becomes the mean of its neighbours in both modalities.
+
+        [F^v'; F^r'] = [[A(v, v), A(v, r)], [A(r, v), A(r, r)]] [F^v; F^r]
+
+    SALCR (Cheng et al., IJCV 2025) Eq. 28, 29: each block A is the `affinity` of the k nearest, normalised on its own;
+    a row is its own neighbour in its own block. A row without a positive neighbour in a block gets zero from it.
+
+    Args:
+        vis: `[Nv, D]` float32, float16, bfloat16 or float64; rows need not be unit, they are normalised first. No
+            gradient is computed.
+        ir: `[Nr, D]`, likewise.
+        k: neighbours per block.
+        normalize: whether the results are L2-normalised.
+
+    Returns:
+        (vis', ir') of the shapes and dtypes given; a zero row has no neighbour and stays zero.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    _check.tensor("vis", vis, "Nv D")
+    _check.tensor("ir", ir, "Nr D")
+    _check.like("ir", ir, "vis", vis)
+    _check.size("ir", ir, 1, vis.shape[1], "the width of vis")
+    _check.no_nan("vis", vis)
+    _check.no_nan("ir", ir)
+    _check.count("k", k)
+    return pick("cmfp", vis.device)(vis, ir, k, normalize=normalize)
+
+
+def reference(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
+    """The four blocks one after the other, none of them dense."""
+    dtype = accumulation_dtype(vis, ir)
+    unit_vis, unit_ir = functional.normalize(vis.to(dtype), dim=1), functional.normalize(ir.to(dtype), dim=1)
+
+    def spread(rows: Tensor) -> Tensor:
+        sums = propagate(affinity(rows, unit_vis, k), unit_vis) + propagate(affinity(rows, unit_ir, k), unit_ir)
+        return functional.normalize(sums, dim=1) if normalize else sums
+
+    return spread(unit_vis).to(vis.dtype), spread(unit_ir).to(ir.dtype)

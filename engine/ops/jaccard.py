@@ -1,0 +1,178 @@
+"""The k-reciprocal Jaccard distance, sparse."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check, _csr
+from engine.ops._backend import pick
+from engine.ops._precision import accumulation_dtype
+from engine.ops.topk import topk
+
+ONE = 1 << 48
+"""Weight 1 in fixed point. Sums of integers are exact: the same bits in any order, so symmetric and deterministic."""
+BLOCK_ENTRIES = 1 << 22
+"""Products, and entries of the dense row block that collects them, held at a time: 32 MB each."""
+
+Entries: TypeAlias = tuple[int, Tensor, Tensor, Tensor]
+"""Sparse content of some rows, row by row: number of rows; row within them, column and value of every entry."""
+
+
+@torch.no_grad()
+def jaccard(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
+    """How little the neighbourhoods of two rows overlap: k-reciprocal encoding, query expansion, Jaccard distance.
+
+    Zhong et al., *Re-ranking Person Re-identification with k-reciprocal Encoding* (CVPR 2017), with the neighbour
+    counts that clustering methods use (k1 includes the row itself):
+
+    - R(i, k): the j among the k nearest of i that have i among their k nearest.
+    - R*(i): R(i, k1) and every R(j, round(k1 / 2) + 1), j in R(i, k1), of which more than 2/3 lies in R(i, k1).
+    - V_i = softmax over j in R*(i) of -||f_i - f_j||^2, then the mean of V over the k2 nearest of i.
+    - J_il = 1 - s / (2 - s), s = sum_j min(V_ij, V_lj).
+
+    Neighbours are ordered by (Euclidean distance ascending, index ascending); `round` is to nearest even.
+
+    Args:
+        features: `[N, D]` float32, float16, bfloat16 or float64; no gradient is computed. Unit rows are the usual case,
+            in which distance and inner product give one order; rows of other lengths are taken as they are.
+        k1: neighbours of the reciprocal sets, the row itself included; where it exceeds N, all rows are used.
+        k2: neighbours of the query expansion, the row itself included; 1 = none.
+
+    Returns:
+        `[N, N]` `torch.sparse_csr`, columns ascending, symmetric bit for bit; float64 for float64 features, else
+        float32. The diagonal is stored, as 0; an entry that is not stored has distance 1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    _check.tensor("features", features, "N D")
+    _check.no_nan("features", features)
+    _check.count("k1", k1, 1)
+    _check.count("k2", k2, 1)
+    return pick("jaccard", features.device)(features, k1, k2)
+
+
+def reference(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
+    """Index sets as sorted keys `row * N + column`; the N x N sums in blocks of rows."""
+    dtype = accumulation_dtype(features)
+    if len(features) == 0:
+        nothing = torch.empty(0, dtype=torch.int64, device=features.device)
+        return _csr.build(nothing, nothing, features.new_empty(0, dtype=dtype), 0)
+    rank = _nearest(features, min(k1, features.shape[0]))
+    members = _expanded(_reciprocal(rank), _reciprocal(rank[:, : round(k1 / 2) + 1]), len(rank))
+    weights = _query_expansion(_weights(features, members), rank[:, :k2])
+    return _distance(weights, full=rank[:, :k2].shape[1] * ONE, dtype=dtype)
+
+
+def _nearest(features: Tensor, k: int) -> Tensor:
+    """The k nearest of every row by Euclidean distance, itself included, `[N, k]`."""
+    rows = features.to(accumulation_dtype(features))
+    squared = rows.square().sum(dim=1, keepdim=True)
+    if torch.allclose(squared, torch.ones_like(squared), atol=1e-5):
+        return topk(features, features, k)[1]
+    # f_i . f_j - ||f_j||^2 / 2 falls with the distance: an inner product with one more column.
+    return topk(torch.cat([rows, torch.ones_like(squared)], 1), torch.cat([rows, -squared / 2], 1), k)[1]
+
+
+def _reciprocal(rank: Tensor) -> Tensor:
+    """Keys of the pairs that are in each other's list, ascending."""
+    count = len(rank)
+    own = torch.arange(count, device=rank.device).unsqueeze(1)
+    forward, backward = (own * count + rank).flatten(), (rank * count + own).flatten()
+    return forward[torch.isin(forward, backward)].sort().values
+
+
+def _expanded(near: Tensor, half: Tensor, count: int) -> Tensor:
+    """Keys of R*, ascending: `near` = keys of R(., k1), `half` = keys of R(., round(k1 / 2) + 1)."""
+    half_counts = torch.bincount(half // count, minlength=count)
+    half_starts = half_counts.cumsum(0) - half_counts
+    candidates = near % count
+    candidate_sizes = half_counts[candidates]
+    source, position = _csr.expand(half_starts[candidates], candidate_sizes)
+    keys = (near - candidates)[source] + (half % count)[position]
+    inside = near[torch.searchsorted(near, keys).clamp(max=len(near) - 1)] == keys
+    shared = torch.bincount(source[inside], minlength=len(near))
+    accepted = 3 * shared > 2 * candidate_sizes
+    return torch.cat([near, keys[accepted[source]]]).unique()
+
+
+def _weights(features: Tensor, members: Tensor) -> Tensor:
+    """Softmax of the negative squared distances over each row's members, CSR in fixed point."""
+    rows = features.to(accumulation_dtype(features))
+    count = len(rows)
+    row, column = members // count, members % count
+    row_counts = torch.bincount(row, minlength=count)
+    pattern = _csr.build(row_counts, column, rows.new_zeros(len(members)), count)
+    products = torch.sparse.sampled_addmm(pattern, rows, rows.T, beta=0.0).values()
+    squared = rows.square().sum(dim=1)
+    # No maximum is subtracted: a row with members has one at distance 0.
+    weights = (2 * products - squared[row] - squared[column]).clamp(max=0).exp()
+    weights /= torch.segment_reduce(weights, "sum", lengths=row_counts, unsafe=True)[row]
+    return _csr.build(row_counts, column, (weights * ONE).round().long(), count)
+
+
+def _query_expansion(weights: Tensor, rank: Tensor) -> Tensor:
+    """Sums of the rows of `weights` listed in `rank`, CSR in fixed point (not divided by their number)."""
+    count, k = rank.shape
+    chosen = rank.sort(dim=1).values.flatten()
+    graph = _csr.build(rank.new_full((count,), k), chosen, torch.full_like(chosen, ONE), count)  # min(ONE, w) = w
+    return _stack((_entries(sums) for _, sums in _min_products(graph, weights)), count)
+
+
+def _distance(weights: Tensor, full: int, dtype: torch.dtype) -> Tensor:
+    """J of the rows of `weights`, of which `full` is the sum of each."""
+
+    def block(first: int, sums: Tensor) -> Entries:
+        sums.diagonal(offset=first).fill_(full)
+        row_count, row, column, value = _entries(sums)
+        share = value.double() / full
+        distance = (1 - share / (2 - share)).clamp(min=0).to(dtype)
+        stored = distance < 1
+        return row_count, row[stored], column[stored], distance[stored]
+
+    products = _min_products(weights, weights.t().to_sparse_csr())
+    return _stack((block(first, sums) for first, sums in products), len(weights))
+
+
+def _entries(block: Tensor) -> Entries:
+    """What is not 0 in a dense block."""
+    flat, width = block.flatten(), block.shape[1]
+    where = flat.nonzero().squeeze(1)
+    return len(block), where // width, where % width, flat[where]
+
+
+def _stack(blocks: Iterable[Entries], column_count: int) -> Tensor:
+    """The CSR matrix of blocks of rows, in order."""
+    parts = [(torch.bincount(row, minlength=row_count), *entries) for row_count, row, *entries in blocks]
+    row_counts, columns, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return _csr.build(row_counts, columns, values, column_count)
+
+
+def _min_products(left: Tensor, right: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """`sum_j min(left_ij, right_jl)` of two CSR matrices of integers: (first row, dense block of rows), in order.
+
+    A block lies in memory that the next one takes over.
+    """
+    columns, values, width = left.col_indices(), left.values(), right.shape[1]
+    starts, lengths = right.crow_indices()[columns], _csr.row_counts(right)[columns]
+    row = _csr.row_indices(left)
+    entry_bounds = left.crow_indices().tolist()
+    products = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    product_bounds = products[left.crow_indices()].tolist()
+    buffer = values.new_empty(max(BLOCK_ENTRIES, width))
+    first = 0
+    while first < left.shape[0]:
+        last = bisect_right(product_bounds, product_bounds[first] + BLOCK_ENTRIES) - 1
+        last = max(first + 1, min(last, first + BLOCK_ENTRIES // width))
+        entries = slice(entry_bounds[first], entry_bounds[last])
+        source, position = _csr.expand(starts[entries], lengths[entries])
+        target = ((row[entries] - first) * width)[source] + right.col_indices()[position]
+        smaller = torch.minimum(values[entries][source], right.values()[position])
+        sums = buffer[: (last - first) * width].zero_().index_add_(0, target, smaller)
+        yield first, sums.view(last - first, width)
+        first = last

@@ -1,0 +1,93 @@
+"""Labels by optimal transport between features and prototypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from engine.ops import _check
+from engine.ops._backend import pick
+from engine.ops._precision import accumulation_dtype, no_autocast
+from engine.ops.sinkhorn import argmax, check_settings, check_weight, log_weight, scale, solve
+
+COST_BYTES = 1 << 29
+"""Costs above this size are not kept but computed anew at every iteration, in blocks of a sixteenth of it."""
+
+
+@torch.no_grad()
+def ot_assign(
+    features: Tensor,
+    prototypes: Tensor,
+    reg: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    relax: float | None = None,
+    max_iter: int = 500,
+    tol: float = 1e-3,
+) -> Tensor:
+    """`argmax_j Q_ij` of the transport plan Q with cost `||f_i - m_j||^2`: SALCR (IJCV 2025) Eq. 4, 5.
+
+    The plan is never made: of `Q_ij = u_i exp(-cost_ij / reg) v_j` the factor u_i does not move the argmax.
+
+    Args:
+        features: `[N, D]` float32, float16, bfloat16 or float64; no gradient is computed.
+        prototypes: `[C, D]`, likewise.
+        reg, a, b, relax, max_iter, tol: as in `sinkhorn`.
+
+    Returns:
+        `[N]` int64, the lower index on ties; -1 where there is no prototype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    _check.tensor("features", features, "N D")
+    _check.tensor("prototypes", prototypes, "C D")
+    _check.like("prototypes", prototypes, "features", features, dtype=False)
+    _check.size("prototypes", prototypes, 1, features.shape[1], "the width of features")
+    _check.no_nan("features", features)
+    _check.no_nan("prototypes", prototypes)
+    check_settings(reg, relax, max_iter, tol)
+    check_weight("a", a, features.shape[:1], features)
+    check_weight("b", b, prototypes.shape[:1], features)
+    function = pick("ot_assign", features.device)
+    return function(features, prototypes, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol)
+
+
+def reference(
+    features: Tensor,
+    prototypes: Tensor,
+    reg: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    relax: float | None = None,
+    max_iter: int = 500,
+    tol: float = 1e-3,
+) -> Tensor:
+    """`sinkhorn.solve` on the cost, kept whole or made in blocks of rows."""
+    dtype = accumulation_dtype(features, prototypes)
+    centres = prototypes.to(dtype)
+    squared = centres.square().sum(dim=1)
+
+    def cost(rows: Tensor) -> Tensor:
+        # Without ||f_i||^2, which is the same for a whole row: the row step absorbs it.
+        with no_autocast(rows.device):
+            return scale(torch.addmm(squared, rows.to(dtype), centres.T, alpha=-2), reg)
+
+    row_bytes = max(1, len(centres) * dtype.itemsize)
+    if row_bytes * len(features) <= COST_BYTES:
+        whole = cost(features)
+
+        def costs() -> Iterable[Tensor]:
+            return (whole,)
+    else:
+
+        def costs() -> Iterable[Tensor]:
+            return map(cost, features.split(max(1, COST_BYTES // 16 // row_bytes)))
+
+    log_a, log_b = log_weight(a, features.shape[:1], squared), log_weight(b, prototypes.shape[:1], squared)
+    log_v = solve(costs, log_a, log_b, reg, relax, max_iter, tol)[1]
+    return torch.cat([argmax(log_v - block) for block in costs()])
