@@ -50,7 +50,9 @@ def load(path: Path) -> dict[str, Any]:
         UserError: no such file, or not a checkpoint.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; a run folder holds last.pt, best.pt and stage1.pt once they exist")
+        raise UserError(
+            f"{path}: no such checkpoint; a run folder holds last.pt, best.pt and stage1.pt once they exist"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged or foreign files fail in many ways

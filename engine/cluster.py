@@ -72,7 +72,9 @@ def quality(labels: Labels, ids: Pair[np.ndarray]) -> dict[str, float]:
         spaces = [(own.vis, cross.ir), (cross.vis, own.ir)]
         pairs = [_pair_scores(*space, ids.vis, ids.ir) for space in spaces if all((rows >= 0).any() for rows in space)]
         if pairs:
-            scores["cross.precision"], scores["cross.recall"] = (float(np.mean(part)) for part in zip(*pairs))
+            scores["cross.precision"], scores["cross.recall"] = (
+                float(np.mean(part)) for part in zip(*pairs, strict=True)
+            )
     return scores
 
 

@@ -89,9 +89,9 @@ class Model:
 class Cluster:
     """k-reciprocal Jaccard distance and DBSCAN, per modality (a single value stands for both)."""
 
-    k1: Pair[int] = Pair(30, 30)
+    k1: Pair[int] = field(default_factory=lambda: Pair(30, 30))
     k2: int = 6
-    eps: Pair[float] = Pair(0.6, 0.6)
+    eps: Pair[float] = field(default_factory=lambda: Pair(0.6, 0.6))
     min_samples: int = 4
 
 
@@ -181,13 +181,21 @@ class MethodName:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. `settings` is the method's own section, which stands in the YAML under its name."""
+    """All settings of a run.
+
+    Attributes:
+        device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
+        deterministic: refuse operations whose result may change from run to run on a GPU.
+        tensorboard: write TensorBoard events to the run folder too.
+        settings: the method's own section, which stands in the YAML under the method's name.
+    """
 
     data: Data
     train: Train
     seed: int = 0
     device: str = "auto"
     deterministic: bool = False
+    tensorboard: bool = False
     method: MethodName = MethodName()
     augment: Augment = Augment()
     model: Model = Model()
@@ -203,7 +211,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"}]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "float")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
@@ -352,7 +360,8 @@ def _build(kind: type[S], value: Any, path: str) -> S:
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(fields) or 'none'}"
             raise UserError(f"{dot}{key}: no such setting; {hint}")
     for key, item in fields.items():
-        if item.default is dataclasses.MISSING and key not in content:
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and key not in content:
             raise UserError(f"{dot}{key}: missing; give it in the configuration or by --set {dot}{key}=...")
     return kind(**{key: _convert(hints[key], item, f"{dot}{key}") for key, item in content.items()})
 
@@ -384,7 +393,9 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(inner) != len(value):
             raise UserError(f"{path}: expected {len(inner)} values, got {value!r}")
-        return tuple(_convert(part, item, f"{path}.{i}") for i, (part, item) in enumerate(zip(inner, value)))
+        return tuple(
+            _convert(part, item, f"{path}.{i}") for i, (part, item) in enumerate(zip(inner, value, strict=True))
+        )
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path)  # type: ignore[arg-type]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

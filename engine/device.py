@@ -8,7 +8,7 @@ from engine.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" = a GPU where there is one; else as named.
+    """ "auto" = a GPU where there is one; else as named.
 
     Raises:
         UserError: no such device.

@@ -43,7 +43,9 @@ class Score:
     queries: int
 
 
-def score(distance: Tensor, ids: tuple[Tensor, Tensor], cams: tuple[Tensor, Tensor], rule: str) -> tuple[dict[str, float], int]:
+def score(
+    distance: Tensor, ids: tuple[Tensor, Tensor], cams: tuple[Tensor, Tensor], rule: str
+) -> tuple[dict[str, float], int]:
     """One trial.
 
     Args:

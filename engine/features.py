@@ -66,8 +66,8 @@ def _extract(
     parts = []
     title = f"{progress}, {NAMES[modality]}"
     for start in tqdm(range(0, len(pixels), batch), title, leave=False, disable=None if progress else True):
-        block = np.ascontiguousarray(pixels[start : start + batch])
-        images = transforms.normalize(torch.from_numpy(block).to(device))
+        block = torch.from_numpy(np.array(pixels[start : start + batch]))  # a copy: the file is mapped read-only
+        images = transforms.normalize(block.to(device))
         features = network(**{modality: images}).features
         if mirror:
             features = F.normalize(features + network(**{modality: images.flip(3)}).features)

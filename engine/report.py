@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from engine.errors import UserError
 from engine.evaluate import RANKS, Score
 from engine.features import NAMES
 
@@ -43,15 +44,26 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Log:
-    """`log.txt` for people and `metrics.jsonl` for programs, in the run folder.
+    """`log.txt` for people and `metrics.jsonl` for programs, in the run folder; TensorBoard's events if wanted.
 
     Args:
         folder: exists.
         keep: epochs already finished; later lines of `metrics.jsonl`, left by an interrupted epoch, are dropped.
+        tensorboard: write events too.
+
+    Raises:
+        UserError: TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, folder: Path, keep: int = 0) -> None:
+    def __init__(self, folder: Path, keep: int = 0, tensorboard: bool = False) -> None:
         self.text, self.metrics = folder / "log.txt", folder / "metrics.jsonl"
+        self.events: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError('tensorboard: not installed; run: pip install -e ".[tb]"') from error
+            self.events = SummaryWriter(str(folder), purge_step=keep + 1)
         if self.metrics.exists():
             lines = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["epoch"] <= keep]
             self.metrics.write_text("".join(f"{line}\n" for line in lines))
@@ -66,6 +78,14 @@ class Log:
         """Append one JSON object to metrics.jsonl."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps(row) + "\n")
+        if self.events is not None:
+            for group in ("labels", "losses", "seconds"):
+                for name, value in row[group].items():
+                    self.events.add_scalar(f"{group}/{name}", value, row["epoch"])
+            for score in row["scores"]:
+                for name, value in score["values"].items():
+                    self.events.add_scalar(f"{score['protocol']} {score['rerank']}/{name}", value, row["epoch"])
+            self.events.flush()
 
 
 def epoch_block(row: dict[str, Any]) -> str:
@@ -78,7 +98,11 @@ def epoch_block(row: dict[str, Any]) -> str:
         if f"clusters.{name}" in labels
     ]
     lines.append(f"  clusters   {'   '.join(found)}{'   kept from before' if row['labels_kept'] else ''}")
-    quality = [f"{word} ARI {labels[f'ari.{name}']:.3f} AMI {labels[f'ami.{name}']:.3f}" for name, word in NAMES.items() if f"ari.{name}" in labels]
+    quality = [
+        f"{word} ARI {labels[f'ari.{name}']:.3f} AMI {labels[f'ami.{name}']:.3f}"
+        for name, word in NAMES.items()
+        if f"ari.{name}" in labels
+    ]
     if "cross.precision" in labels:
         quality.append(f"cross P {100 * labels['cross.precision']:.1f} R {100 * labels['cross.recall']:.1f}")
     if quality:
@@ -101,13 +125,20 @@ def table(rows: Sequence[tuple[str, Score]]) -> str:
     cells = [["", "protocol", *columns]]
     for label, score in rows:
         numbers = [
-            f"{score.values[name]:.2f}" + (f" ± {score.spread[name]:.2f}" if score.trials > 1 else "") for name in columns
+            f"{score.values[name]:.2f}" + (f" ± {score.spread[name]:.2f}" if score.trials > 1 else "")
+            for name in columns
         ]
         cells.append([label, score.protocol, *numbers])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))) + " |"
-        for line in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 2) if i < 2 else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        text = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(text)} |"
+
+    rule = "".join(
+        "|" + "-" * (width + 2) if i < 2 else "|" + "-" * (width + 1) + ":" for i, width in enumerate(widths)
+    )
+    return "\n".join([line(cells[0]), f"{rule}|", *map(line, cells[1:])])

@@ -17,7 +17,7 @@ from engine.config import Config, differences, load, parse, to_dict
 from engine.errors import UserError
 
 # Settings that a resumed run may change: they say where and how fast it runs, not what it computes.
-MOVABLE = ("device", "data.root", "data.cache", "data.workers", "train.checkpoint_steps", "train.compile")
+MOVABLE = ("device", "data.root", "data.cache", "data.workers", "train.checkpoint_steps", "tensorboard")
 
 
 def create(config: Config, name: str, out: str = "") -> Path:
@@ -76,7 +76,9 @@ def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
 def environment(seed: int) -> dict[str, Any]:
     """Versions, commit and machine, for environment.json."""
     root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
     return {
         "command": " ".join(sys.argv),
         "engine": __version__,

@@ -17,8 +17,8 @@ from engine.cluster import Labels, quality
 from engine.config import Config, Stage, to_dict
 from engine.data import sampler
 from engine.data.loader import Batch, Loader
-from engine.errors import UserError
 from engine.device import pick_device
+from engine.errors import UserError
 from engine.evaluate import Score, decode, evaluate_network
 from engine.features import NAMES, autocast, extract
 from engine.losses import instance_contrast
@@ -81,7 +81,7 @@ class Trainer:
         elif config.train.start_from:
             self._start_from(config.train.start_from)
         self.forward: Any = torch.compile(self.network) if config.train.compile else self.network
-        self.log = report.Log(folder, keep=self.state.epoch)
+        self.log = report.Log(folder, self.state.epoch, config.tensorboard)
 
     def run(self) -> list[tuple[str, Score]]:
         """Train to the end; returns the rows of the final table, which is also in the folder's results.md."""
@@ -145,7 +145,7 @@ class Trainer:
             "images_per_second": images / phases.seconds["train"],
             "peak_mib": report.peak_memory(self.device),
         }
-        main = [score for score in row["scores"] if score["protocol"] == self.dataset.protocols[0].name] if scores else []
+        main = [asdict(score) for score in scores if score.protocol == scores[0].protocol]
         self.log.say(report.epoch_block(row | {"scores": main}))
         self.log.record(row)
         state.epoch, state.step, state.totals = epoch + 1, 0, {}
@@ -167,7 +167,7 @@ class Trainer:
             labels = self.method.label(features, stage)
             state.labels_kept = 0 in labels.counts
             if state.labels_kept:
-                empty = [NAMES[name] for name, count in zip(("vis", "ir"), labels.counts) if count == 0]
+                empty = [word for word, count in zip(NAMES.values(), labels.counts, strict=True) if count == 0]
                 if state.labels is None:
                     raise UserError(
                         f"no cluster among the {' and '.join(empty)} images: nothing to learn from. Raise cluster.eps "
@@ -201,18 +201,17 @@ class Trainer:
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step and the update of the memories; returns the loss terms."""
         parts = batch.split(self.config.train.accumulate)
-        outputs, sums = [], {}
+        outputs: list[Output] = []
+        sums: dict[str, Tensor] = {}
         for part in parts:
             output = self._forward(vis=part.vis, aug=part.aug, ir=part.ir)
             terms = self.method.losses(output, part, self.state.memories)
             for name, term in terms.items():
                 _assert_finite(term, name)
-                sums[name] = sums.get(name, 0) + term.detach() / len(parts)
+                sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / len(parts)
             self.scaler.scale(torch.stack(list(terms.values())).sum() / len(parts)).backward()
             outputs.append(output)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._descend()
         self.method.update(_join(outputs), batch, self.state.memories)
         return sums
 
@@ -226,17 +225,20 @@ class Trainer:
         )
         loader = Loader(self.pixels, self.config.augment, self.device, key)
         self.network.train()
-        for views in tqdm(loader.views(plan, 0), "warm-up", settings.iterations, leave=False, disable=None, unit="step"):
-            output = self._forward(vis=views.vis.vis, aug=views.vis.ir, ir=torch.cat(list(views.ir)))
-            count = [len(views.vis.vis)] * 2 + [len(views.ir.vis)] * 2
-            vis, aug, first, second = output.features.split(count)
-            loss = instance_contrast(vis, aug, settings.temperature)
-            loss = loss + instance_contrast(first, second, settings.temperature)
+        bar = tqdm(loader.views(plan), "warm-up", settings.iterations, leave=False, disable=None, unit="step")
+        for vis, aug, first, second in bar:
+            features = self._forward(vis=vis, aug=aug, ir=torch.cat([first, second])).features
+            views = features.split([len(vis), len(aug), len(first), len(second)])
+            loss = instance_contrast(views[0], views[1], settings.temperature)
+            loss = loss + instance_contrast(views[2], views[3], settings.temperature)
             _assert_finite(loss, "warm-up")
             self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
+            self._descend()
+
+    def _descend(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _forward(self, **images: Tensor) -> Output:
         if self.config.train.channels_last:
@@ -351,7 +353,12 @@ def _schedule(stages: tuple[Stage, ...]) -> Iterator[tuple[int, int]]:
 def _plan(labels: Labels, settings: Stage, rng: np.random.RandomState) -> Iterator[Pair[np.ndarray]]:
     """Rows of every batch of the epoch: pairs across the modalities where they are associated."""
     own = labels.own.map(lambda part: part.cpu().numpy())
-    shape = dict(label_count=settings.labels, image_count=settings.images, iterations=settings.iterations, rng=rng)
+    shape: dict[str, Any] = {
+        "label_count": settings.labels,
+        "image_count": settings.images,
+        "iterations": settings.iterations,
+        "rng": rng,
+    }
     if labels.cross is None:
         return sampler.independent_batches(own, **shape)
     return sampler.paired_batches(own, labels.cross.map(lambda part: part.cpu().numpy()), **shape)
@@ -362,7 +369,7 @@ def _join(outputs: list[Output]) -> Output:
     if len(outputs) == 1:
         return outputs[0]
     maps, features = (
-        torch.cat([torch.cat(kind) for kind in zip(*(x.detach().chunk(3) for x in parts))])
+        torch.cat([torch.cat(kind) for kind in zip(*(x.detach().chunk(3) for x in parts), strict=True)])
         for parts in ([output.map for output in outputs], [output.features for output in outputs])
     )
     return Output(maps, features)
@@ -372,7 +379,7 @@ def _assert_finite(term: Tensor, name: str) -> None:
     torch._assert_async(torch.isfinite(term.detach()), f"loss term '{name}' is not finite")
 
 
-def _plain_labels(labels: Labels | None) -> list[list[Tensor] | None] | None:
+def _plain_labels(labels: Labels | None) -> list[Any] | None:
     if labels is None:
         return None
     return [part and list(part) for part in (labels.clusters, labels.own, labels.cross)]

@@ -60,7 +60,9 @@ def _score_arrays(path: Path, rule: str) -> Score:
     if "distance" not in arrays:
         missing = {"query_features", "gallery_features"} - arrays.keys()
         if missing:
-            raise UserError(f"--arrays {path}: needs 'distance', or {' and '.join(sorted(missing))}; has {list(arrays)}")
+            raise UserError(
+                f"--arrays {path}: needs 'distance', or {' and '.join(sorted(missing))}; has {list(arrays)}"
+            )
         features = (F.normalize(arrays[name].float()) for name in ("query_features", "gallery_features"))
         query, gallery = features
         arrays["distance"] = 1 - query @ gallery.T

@@ -38,7 +38,9 @@ def main() -> int:
         if (folder / "last.pt").exists():
             print(f"\nstopped; go on with: python tools/train.py --resume {folder}", file=sys.stderr)
         return 130
-    print(f"\n{report.table(rows)}\n\nin {folder}/results.md" if rows else f"\ndone; the network is in {folder}/last.pt")
+    print(
+        f"\n{report.table(rows)}\n\nin {folder}/results.md" if rows else f"\ndone; the network is in {folder}/last.pt"
+    )
     return 0
 
 

@@ -46,12 +46,14 @@ class Batch:
         def cut(rows: Tensor) -> tuple[Tensor, ...]:
             return rows.chunk(parts)
 
-        images = zip(cut(self.vis), cut(self.aug), cut(self.ir))
-        own = [Pair(*labels) for labels in zip(*self.own.map(cut))]
-        cross = [Pair(*labels) for labels in zip(*self.cross.map(cut))] if self.cross else [None] * len(own)
+        images = zip(cut(self.vis), cut(self.aug), cut(self.ir), strict=True)
+        own = [Pair(*labels) for labels in zip(*self.own.map(cut), strict=True)]
+        cross = (
+            [Pair(*labels) for labels in zip(*self.cross.map(cut), strict=True)] if self.cross else [None] * len(own)
+        )
         return [
             replace(self, vis=vis, aug=aug, ir=ir, own=mine, cross=theirs)
-            for (vis, aug, ir), mine, theirs in zip(images, own, cross)
+            for (vis, aug, ir), mine, theirs in zip(images, own, cross, strict=True)
         ]
 
 
@@ -81,13 +83,14 @@ class Loader:
             cross = labels.cross and labels.cross.map(lambda part, chosen: part[chosen], index)
             yield Batch(vis, aug, ir, own, cross, generator)
 
-    def views(self, plan: Iterable[Pair[np.ndarray]], epoch: int) -> Iterator[Pair[Pair[Tensor]]]:
-        """Two augmented views of every image, per modality: visible and channel-augmented; infrared twice."""
+    def views(self, plan: Iterable[Pair[np.ndarray]]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Two augmented views of every image: visible and its channel-augmented copy; infrared twice."""
         for step, _, images in self._read(plan, 0):
-            generator = seeds.generator(*self.key, epoch, step)
-            vis = transforms.augment_visible(images.vis, self.settings, generator, ltg=True)
-            ir = [transforms.augment_infrared(images.ir, self.settings, generator) for _ in range(2)]
-            yield Pair(Pair(*vis), Pair(*ir))
+            generator = seeds.generator(*self.key, step)
+            vis, aug = transforms.augment_visible(images.vis, self.settings, generator, ltg=True)
+            first = transforms.augment_infrared(images.ir, self.settings, generator)
+            second = transforms.augment_infrared(images.ir, self.settings, generator)
+            yield vis, aug, first, second
 
     def _read(
         self, plan: Iterable[Pair[np.ndarray]], start: int

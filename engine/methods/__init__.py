@@ -26,8 +26,8 @@ def find(name: str) -> type[Method]:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         raise UserError(f"method.name: cannot import '{path}' ({error}); is its folder on PYTHONPATH?") from error
-    classes = [item for _, item in inspect.getmembers(module, inspect.isclass) if item.__module__ == path]
-    classes = [item for item in classes if issubclass(item, Method)]
+    found = [item for _, item in inspect.getmembers(module, inspect.isclass) if item.__module__ == path]
+    classes: list[type[Method]] = [item for item in found if issubclass(item, Method)]
     if len(classes) != 1:
         raise UserError(f"method.name: {path} must define exactly one Method, found {len(classes)}")
     return classes[0]

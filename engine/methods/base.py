@@ -54,11 +54,9 @@ class Method:
         `L_intra`: cluster contrast of visible images, of their augmented copies and of infrared images, each against
         the own modality's memory (SALCR Eq. 1, 2).
         """
-        rows = dict(zip(("vis", "aug", "ir"), output.features.chunk(3)))
+        rows = dict(zip(("vis", "aug", "ir"), output.features.chunk(3), strict=True))
         return {
-            kind: ops.cluster_contrast(
-                rows[kind], memories[space], batch.own[space], self.config.memory.temperature
-            )
+            kind: ops.cluster_contrast(rows[kind], memories[space], batch.own[space], self.config.memory.temperature)
             for kind, space in _INTRA
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class Salcr(Method):
 
         def __post_init__(self) -> None:
             column = ("released", "paper").index(self.reading)
-            unset = {name: values[column] for name, values in READINGS.items() if getattr(self.dagl, name) is None}
+            unset: dict[str, Any] = {name: values[column] for name, values in READINGS.items() if getattr(self.dagl, name) is None}
             object.__setattr__(self, "dagl", replace(self.dagl, **unset))
 
     settings: Settings
@@ -117,7 +117,7 @@ class Salcr(Method):
         kinds = 1 if self.settings.dagl.mean == "bank" else 3
         terms = {}
         for space in _SPACES:
-            rows = zip(output.features.chunk(kinds), batch.labels(space).chunk(kinds))
+            rows = zip(output.features.chunk(kinds), batch.labels(space).chunk(kinds), strict=True)
             parts = [
                 ops.cluster_contrast(part, memories[space], labels, self.config.memory.temperature)
                 for part, labels in rows

@@ -108,4 +108,6 @@ class TwoStreamResNet(nn.Module):
         x = torch.cat([self.stems[name](images) for name, images in stems.items()])
         if order is not None:
             x = x[order]
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+        return x

@@ -97,4 +97,4 @@ def _interleave(parts: list[Tensor], groups: int) -> Tensor:
         return parts[0]
     if groups == 1:
         return torch.cat(parts)
-    return torch.cat([chunk for group in zip(*(part.chunk(groups) for part in parts)) for chunk in group])
+    return torch.cat([chunk for group in zip(*(part.chunk(groups) for part in parts), strict=True) for chunk in group])

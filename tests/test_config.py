@@ -1,0 +1,111 @@
+"""The strict configuration loader."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from engine import config
+from engine.errors import UserError
+from engine.pair import Pair
+
+NAMES = sorted(path.name for path in config.CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_configuration_loads_and_survives_being_written_out(name):
+    loaded = config.load(name)
+    assert config.parse(config.to_dict(loaded)) == loaded
+    assert config.load(name.removesuffix(".yaml")) == loaded
+
+
+def test_numbers_and_words_mean_what_people_mean(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "data: {name: demo, root: no}\noptim: {lr: 1e-4, weight_decay: 0}\n"
+        "train: {stages: [{epochs: 1, iterations: 1, labels: 2, images: 2}]}\ncluster: {k1: {vis: 15, ir: 8}, eps: .5}\n"
+    )
+    loaded = config.load(str(path))
+    assert loaded.optim.lr == 1e-4
+    assert loaded.optim.weight_decay == 0.0
+    assert isinstance(loaded.optim.weight_decay, float)
+    assert loaded.data.root == "no"
+    assert loaded.cluster.k1 == Pair(15, 8)
+    assert loaded.cluster.eps == Pair(0.5, 0.5)
+
+
+def test_overrides_reach_nested_settings_lists_and_method_sections():
+    loaded = config.load(
+        "demo.yaml", ["seed=3", "train.stages.1.epochs=2", "salcr.dagl.branch=visible", "train.warm_up.images=8"]
+    )
+    assert loaded.seed == 3
+    assert [stage.epochs for stage in loaded.train.stages][1] == 2
+    assert loaded.settings.dagl.branch == "visible"
+    assert loaded.train.warm_up.images == 8
+
+
+def test_reading_sets_the_switches_that_are_left_open():
+    paper = config.load("sysu.yaml", ["salcr.reading=paper", "salcr.dagl.relabel=true"]).settings.dagl
+    assert (paper.prototypes, paper.relabel, paper.mean) == ("memories", True, "kind")
+    released = config.load("sysu.yaml").settings.dagl
+    assert (released.prototypes, released.relabel, released.mean) == ("means", True, "bank")
+
+
+def test_the_section_of_an_unused_method_is_checked_too():
+    assert config.load("demo.yaml", ["method.name=dcl"]).settings is not None
+    with pytest.raises(UserError, match=r"salcr.dagl.brunch: no such setting; did you mean 'branch'"):
+        config.load("demo.yaml", ["method.name=dcl", "salcr.dagl.brunch=dual"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", r"optim\.lrr: no such setting; did you mean 'lr'\?"),
+        ("optim.lr=fast", r"optim\.lr: expected a number, got 'fast'"),
+        ("optim.lr=-1", r"optim\.lr: expected a number above 0, got -1"),
+        ("seed=1.5", r"seed: expected a whole number, got 1.5"),
+        ("seed=true", r"seed: expected a whole number, got True"),
+        ("train.compile=no", r"train\.compile: expected true or false, got 'no'"),
+        ("train.precision=bf61", r"train\.precision: expected one of .*bf16.*did you mean 'bf16'\?"),
+        ("data.size=[96]", r"data\.size: expected 2 values"),
+        ("data.size=96", r"data\.size: expected a list"),
+        ("cluster.k1={vis: 3}", r"cluster\.k1: expected one value, or both"),
+        ("cluster.eps.ir=2", r"cluster\.eps is a single value, it has no 'ir'"),
+        ("train.stages=[]", r"train\.stages: expected at least one stage"),
+        ("train.stages.0.epochs=0", r"train\.stages\.0\.epochs: expected at least 1, got 0"),
+        ("train.stages.7.epochs=1", r"expected a position from 0 to 1, got '7'"),
+        ("train.stages.0.epoch=1", r"train\.stages\.0\.epoch: no such setting; did you mean 'epochs'"),
+        ("seed.deep=1", r"seed is a single value, it has no 'deep'|seed: expected"),
+        ("optim=1", r"optim: expected settings \(name: value\), got 1"),
+        ("optim", r"expected name=value"),
+        ("optim.lr=[", r"not valid YAML"),
+        ("method.name=slacr", r"no method 'slacr'; built in: dcl, salcr"),
+        ("method.name=no.such.module", r"cannot import 'no\.such\.module'"),
+        ("settings=1", r"a method's settings stand under its name"),
+        ("data={name: demo}", r"data\.root: missing; give it"),
+        ("data.name=market", r"data\.name: expected one of sysu"),
+    ],
+)
+def test_bad_settings_are_named_with_a_remedy(override, message):
+    with pytest.raises(UserError, match=message):
+        config.load("demo.yaml", [override])
+
+
+def test_a_wrong_configuration_name_lists_the_right_ones():
+    with pytest.raises(UserError, match=r"did you mean 'demo.yaml'\? known ones: .*regdb\.yaml, sysu\.yaml"):
+        config.load("dmeo.yaml")
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- 1", "expected settings"), ("", "missing")])
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        config.load(str(path))
+
+
+def test_differences_name_the_setting():
+    old = config.load("demo.yaml")
+    new = dataclasses.replace(old, seed=4)
+    assert config.differences(config.to_dict(old), config.to_dict(new)) == ["seed: 0 -> 4"]
