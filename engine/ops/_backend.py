@@ -62,7 +62,7 @@ def pick(op: str, device: torch.device) -> Callable[..., Any]:
         function, reason = _find(op, name)
         if function is not None:
             return function
-        if _exists(op, name):  # it should run here and does not: never silently slower
+        if exists(op, name):  # it should run here and does not: never silently slower
             _warn_once(op, name, str(reason))
     raise AssertionError("every operator has a reference")
 
@@ -85,7 +85,8 @@ def _module(op: str) -> Any:
 
 
 @cache
-def _exists(op: str, name: str) -> bool:
+def exists(op: str, name: str) -> bool:
+    """True when `op` has a form for back end `name`, whether or not it can run here."""
     if name == "triton":
         return importlib.util.find_spec(f"engine.kernels.{op}") is not None
     return hasattr(_module(op), name)
@@ -95,7 +96,7 @@ def _exists(op: str, name: str) -> bool:
 def _find(op: str, name: str) -> tuple[Callable[..., Any] | None, str | None]:
     """The function of one back end, or None and the reason."""
     module = _module(op)
-    if not _exists(op, name):
+    if not exists(op, name):
         return None, f"{op} has no {name} back end"
     if name == "triton":
         return _find_triton(op)

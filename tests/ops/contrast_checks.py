@@ -1,0 +1,109 @@
+"""What every loss against a memory bank must do; the test file of each names its own inputs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine import ops
+from engine.ops import _contrast
+
+TEMPERATURE = 0.05
+Loss = Callable[..., Tensor]
+
+
+def unit_rows(count: int, width: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, width, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def value_and_gradient(loss: Loss, features: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    features = features.detach().requires_grad_()
+    value = loss(features, *rest, **options)
+    (gradient,) = torch.autograd.grad(value.sum(), features)
+    return value.detach(), gradient
+
+
+def check_error_budget(name: str, dtype: torch.dtype, target: Tensor, bank_count: int, monkeypatch: Any) -> None:
+    """Values and gradients err at most twice as much as the reference in the same dtype, in many blocks of rows."""
+    monkeypatch.setattr(_contrast, "BLOCK_ENTRIES", 3 * bank_count)
+    features = unit_rows(target.shape[0], 19, seed=1, dtype=dtype)
+    bank = unit_rows(bank_count, 19, seed=2, dtype=dtype)
+    reference = importlib.import_module(f"engine.ops.{name}").reference
+    for reduction in ("mean", "sum", "none"):
+        arguments = (target, TEMPERATURE)
+        truth = value_and_gradient(reference, features.double(), bank.double(), *arguments, reduction=reduction)
+        plain = value_and_gradient(reference, features, bank, *arguments, reduction=reduction)
+        ours = value_and_gradient(getattr(ops, name), features, bank, *arguments, reduction=reduction)
+        for actual, expected, exact in zip(ours, plain, truth, strict=True):
+            assert actual.dtype == expected.dtype and actual.shape == exact.shape
+            budget = 2 * (expected.double() - exact).abs().max() + 1e-6 * exact.abs().max()
+            assert (actual.double() - exact).abs().max() <= budget
+
+
+def check_gradient(name: str, target: Tensor, bank: Tensor) -> None:
+    features = unit_rows(target.shape[0], bank.shape[1], seed=3, dtype=torch.float64).requires_grad_()
+    loss = getattr(ops, name)
+    for reduction in ("mean", "none"):
+        assert torch.autograd.gradcheck(lambda f: loss(f, bank, target, 0.5, reduction=reduction), [features])  # noqa: B023
+
+
+def check_operator(name: str, target: Tensor, bank: Tensor) -> None:
+    """The registered operator is what torch expects of one, and compiles without a graph break."""
+    features = unit_rows(target.shape[0], bank.shape[1], seed=3).requires_grad_()
+    operator = getattr(torch.ops.engine, name).default
+    torch.library.opcheck(operator, (features, bank, target, TEMPERATURE, True))
+    torch.library.opcheck(operator, (features.detach(), bank, target, TEMPERATURE, False))
+    loss = getattr(ops, name)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    eager = value_and_gradient(loss, features, bank, target, TEMPERATURE)
+    for actual, expected in zip(value_and_gradient(compiled, features, bank, target, TEMPERATURE), eager, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def check_autocast(name: str, target: Tensor, bank: Tensor) -> None:
+    """Autocast changes nothing: products stay in float32, and half features meet a float32 bank."""
+    loss = getattr(ops, name)
+    for dtype in (torch.float32, torch.bfloat16):
+        features = unit_rows(target.shape[0], bank.shape[1], seed=3, dtype=dtype)
+        expected = value_and_gradient(loss, features.float(), bank, target, TEMPERATURE)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value, gradient = value_and_gradient(loss, features, bank, target, TEMPERATURE)
+        assert value.dtype == torch.float32 and gradient.dtype == dtype
+        assert torch.equal(value, expected[0])
+        assert torch.equal(gradient, expected[1].to(dtype))
+
+
+def check_layout(name: str, target: Tensor, bank: Tensor) -> None:
+    """Non-contiguous inputs are read as they are meant."""
+    loss = getattr(ops, name)
+    features = unit_rows(target.shape[0], bank.shape[1], seed=3)
+    expected = value_and_gradient(loss, features, bank, target, TEMPERATURE)
+    strided = [torch.stack([value, value], dim=-1)[..., 0] for value in (features, bank, target)]
+    actual = value_and_gradient(loss, *strided, TEMPERATURE)
+    torch.testing.assert_close(actual, expected)
+
+
+def check_refusals(name: str, target: Tensor, bank: Tensor) -> None:
+    loss = getattr(ops, name)
+    features = unit_rows(target.shape[0], bank.shape[1], seed=3).requires_grad_()
+    with pytest.raises(TypeError, match=r"features must be a tensor \[B, D\], got list"):
+        loss(features.tolist(), bank, target, TEMPERATURE)
+    with pytest.raises(ValueError, match="bank must be of size"):
+        loss(features, bank[:, 1:], target, TEMPERATURE)
+    with pytest.raises(ValueError, match="temperature must be a finite number above 0, got float 0.0"):
+        loss(features, bank, target, 0.0)
+    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'none', got str 'avg'"):
+        loss(features, bank, target, TEMPERATURE, reduction="avg")
+    with pytest.raises(ValueError, match="of size .* in dimension 0"):
+        loss(features[1:], bank, target, TEMPERATURE)
+    with pytest.raises(ValueError, match="bank must be a constant"):
+        loss(features, bank.clone().requires_grad_(), target, TEMPERATURE)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(loss(features, bank, target, TEMPERATURE), features, create_graph=True)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from set_checks import as_rows, as_sets, index_sets
+
+from engine.ops import set_intersection
+
+
+@settings(max_examples=80, deadline=None)
+@given(sets=index_sets())
+def test_is_the_intersection_ascending_and_padded(sets):
+    a, b = sets
+    expected = [left & right for left, right in zip(as_sets(a), as_sets(b), strict=True)]
+    result = set_intersection(a, b)
+    assert result.dtype == torch.int64 and result.shape == (a.shape[0], min(a.shape[1], b.shape[1]))
+    assert result.tolist() == as_rows(expected, result.shape[1])
+
+
+def test_refuses_bad_arguments():
+    a = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"b must be a tensor \[B, Q\], got list"):
+        set_intersection(a, [[1]])
+    with pytest.raises(ValueError, match=r"a must be of dtype int64, got float32 \[2, 3\]"):
+        set_intersection(a.float(), a)
+    with pytest.raises(ValueError, match="b must be of size 2 in dimension 0"):
+        set_intersection(a, a[:1])

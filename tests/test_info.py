@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from engine import info, ops
+
+
+def test_lists_every_operator_and_nothing_else():
+    names = info.operator_names()
+    assert set(names) <= set(ops.__all__)
+    assert {"topk", "memory_update_", "sinkhorn"} <= set(names)
+    assert not {"backends", "use_backend", "Sinkhorn", "Ranking"} & set(names)
+
+
+def test_a_back_end_that_cannot_run_has_its_reason_below_the_table(monkeypatch):
+    reason = "engine._C is not built (gone)"
+    real = info.backends
+    monkeypatch.setattr(info, "backends", lambda op: real(op) | ({"cpu": reason} if op == "memory_update_" else {}))
+    lines = info.table()
+    (row,) = [line.split() for line in lines if line.startswith("memory_update_")]
+    assert row == ["memory_update_", "-", "-", "no", "(1)", "yes"]
+    assert lines[-1] == f"(1) {reason}"
+
+
+def test_a_package_that_is_missing_is_no_error(monkeypatch):
+    monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package"))
+    assert info.versions()["no-such-package"] == "not installed"
+
+
+def test_the_commit_is_unknown_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert info.commit() is None
+
+
+def test_prints_versions_devices_and_the_table():
+    root = Path(__file__).parents[1]
+    printed = subprocess.run(
+        [sys.executable, "-m", "engine.info"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    for word in ("vireid-engine", "torch", "cpu:", "cuda", "topk", "reference"):
+        assert word in printed
