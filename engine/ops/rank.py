@@ -129,8 +129,8 @@ def _score(same: Tensor, hidden: Tensor, identities: Tensor | None) -> tuple[Ten
     first_place = place.masked_fill(~hit, unseen).amin(dim=1)
     if identities is None:
         return first_place - 1, precision, penalty
-    first_seen = place.new_full((len(hit), int(identities.max()) + 1), unseen)
-    first_seen.scatter_reduce_(1, identities[valid], place.masked_fill(hidden, unseen), "amin")
+    seen = place.masked_fill(hidden, unseen)
+    first_seen = torch.full_like(seen, unseen).scatter_reduce(1, identities[valid], seen, "amin")  # by identity
     return (first_seen < first_place.unsqueeze(1)).sum(dim=1), precision, penalty
 
 

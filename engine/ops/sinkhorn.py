@@ -14,9 +14,6 @@ from engine.ops import _check
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
 
-DEVICE_LOOK_EVERY = 10
-"""Iterations between two looks at the error where a look is a device synchronisation."""
-
 
 @dataclass(frozen=True)
 class Sinkhorn:
@@ -160,7 +157,7 @@ def solve(
     iterations = torch.zeros(log_b.shape[:-1], dtype=torch.int64, device=log_b.device)
     active = torch.full_like(iterations, log_a.shape[-1] > 0, dtype=torch.bool)
     # Looking later does no more than visit stopped problems again: their log_v stays, so all else repeats itself.
-    look_every = 1 if log_b.device.type == "cpu" else DEVICE_LOOK_EVERY
+    look_every = _look_every(log_b.device)
     iteration = 0
     while True:
         iteration += 1
@@ -238,6 +235,11 @@ def _listed(name: str, given: Any, length: int) -> Sequence[Tensor | None]:
     if isinstance(given, Tensor) or not isinstance(given, Sequence) or len(given) != length:
         raise TypeError(f"{name} must be a list of {length} tensors like cost, got {type(given).__name__}")
     return given
+
+
+def _look_every(device: torch.device) -> int:
+    """Iterations between two looks at the error: off the CPU a look waits for the device."""
+    return 1 if device.type == "cpu" else 10
 
 
 def _visit(blocks: Iterable[Tensor], log_a: Tensor, log_v: Tensor) -> tuple[Tensor, Tensor]:
