@@ -20,33 +20,40 @@ from engine.errors import UserError
 MOVABLE = ("device", "data.root", "data.cache", "data.workers", "train.checkpoint_steps", "tensorboard")
 
 
-def create(config: Config, name: str, out: str = "") -> Path:
-    """A new run folder with config.yaml and environment.json.
+def choose(config: Config, name: str, out: str = "") -> Path:
+    """The folder for a new run; nothing is made yet.
 
     Args:
         name: of the configuration; names the folder when `out` is empty: runs/<name>-seed<seed>, numbered if taken.
 
     Raises:
-        UserError: `out` holds a run already, or cannot be written to.
+        UserError: `out` holds a run already.
     """
     if out:
-        folder = Path(out)
-        if (folder / "config.yaml").exists():
+        if (Path(out) / "last.pt").exists():
             raise UserError(
                 f"--out {out}: holds a run already; go on with it by --resume {out}, or choose another folder"
             )
-    else:
-        folder, number = Path("runs") / f"{name}-seed{config.seed}", 1
-        while folder.exists():
-            number += 1
-            folder = Path("runs") / f"{name}-seed{config.seed}-{number}"
+        return Path(out)
+    folder, number = Path("runs") / f"{name}-seed{config.seed}", 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-seed{config.seed}-{number}"
+    return folder
+
+
+def create(folder: Path, config: Config) -> None:
+    """Make a run folder with config.yaml and environment.json.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder by --out") from error
     checkpoint.write(folder / "environment.json", json.dumps(environment(config.seed), indent=2).encode())
     checkpoint.write(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
-    return folder
 
 
 def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
@@ -61,7 +68,7 @@ def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume {run}: not a run folder (it has no config.yaml)")
     if not (folder / "last.pt").is_file():
-        raise UserError(f"--resume {run}: it was stopped before its first checkpoint; start it again without --resume")
+        raise UserError(f"--resume {run}: it was stopped before its first checkpoint; start it anew, without --resume")
     saved = to_dict(parse(checkpoint.load(folder / "last.pt")["config"]))
     config = load(str(folder / "config.yaml"), overrides)
     changed = [line for line in differences(saved, to_dict(config)) if line.split(":")[0] not in MOVABLE]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import checkpoint, data, methods, optim, report, seeds
+from engine import checkpoint, data, methods, optim, report, runs, seeds
 from engine.cluster import Labels, quality
 from engine.config import Config, Stage, to_dict
 from engine.data import sampler
@@ -57,7 +57,7 @@ class Trainer:
 
     Args:
         config: the run's settings.
-        folder: the run folder; exists.
+        folder: the run folder; made by `run` when it is new.
         resume: go on from the folder's last.pt.
     """
 
@@ -81,11 +81,13 @@ class Trainer:
         elif config.train.start_from:
             self._start_from(config.train.start_from)
         self.forward: Any = torch.compile(self.network) if config.train.compile else self.network
-        self.log = report.Log(folder, self.state.epoch, config.tensorboard)
 
     def run(self) -> list[tuple[str, Score]]:
         """Train to the end; returns the rows of the final table, which is also in the folder's results.md."""
         schedule = list(_schedule(self.config.train.stages))
+        if not self.state.started:
+            runs.create(self.folder, self.config)
+        self.log = report.Log(self.folder, self.state.epoch, self.config.tensorboard)
         if not self.state.started:
             self._start()
         for epoch, stage in schedule[self.state.epoch :]:

@@ -30,10 +30,11 @@ def main() -> int:
         settings, folder = runs.reopen(arguments.resume, arguments.set)
     else:
         settings = config.load(arguments.cfg, arguments.set)
-        folder = runs.create(settings, Path(arguments.cfg).stem, arguments.out)
-    print(f"run folder: {folder}")
+        folder = runs.choose(settings, Path(arguments.cfg).stem, arguments.out)
     try:
-        rows = Trainer(settings, folder, resume=bool(arguments.resume)).run()
+        trainer = Trainer(settings, folder, resume=bool(arguments.resume))
+        print(f"run folder: {folder}")
+        rows = trainer.run()
     except KeyboardInterrupt:
         if (folder / "last.pt").exists():
             print(f"\nstopped; go on with: python tools/train.py --resume {folder}", file=sys.stderr)
