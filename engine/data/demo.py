@@ -36,7 +36,7 @@ class Size:
 
     train: int = 64
     val: int = 16
-    test: int = 24
+    test: int = 32
     images: int = 4
 
     def lists(self) -> dict[str, range]:
