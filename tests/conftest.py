@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import trees
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Networks of this size run slower on two threads, and far slower where something else runs too."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,9 @@ def test_a_wrong_configuration_name_lists_the_right_ones():
         config.load("dmeo.yaml")
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- 1", "expected settings"), ("", "missing")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "expected settings"), ("", "missing")]
+)
 def test_files_that_are_no_configuration(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)

@@ -20,14 +20,6 @@ from engine.trainer import Trainer
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
@@ -119,7 +111,9 @@ def test_a_stage_one_checkpoint_starts_stage_two(whole, sysu_tree, cache, tmp_pa
 
 def test_starting_from_the_middle_of_a_stage_is_refused(whole, sysu_tree, cache, tmp_path):
     loaded = settings(sysu_tree, cache, f"train.start_from={whole[0]}", "train.stages.0.epochs=1")
-    with pytest.raises(UserError, match=r"saved after 2 epochs; with train.stages of 1, 2 .* must end a stage but the last"):
+    with pytest.raises(
+        UserError, match=r"saved after 2 epochs; with train.stages of 1, 2 .* must end a stage but the last"
+    ):
         start(loaded, tmp_path)
 
 
@@ -143,7 +137,13 @@ def test_accumulation_in_parts_of_the_batch_norm_group_is_the_whole_batch(sysu_t
 
 @pytest.mark.parametrize(
     "override",
-    ["train.precision=bf16", "train.precision=tf32", "train.channels_last=true", "model.bn_group=6", "deterministic=true"],
+    [
+        "train.precision=bf16",
+        "train.precision=tf32",
+        "train.channels_last=true",
+        "model.bn_group=6",
+        "deterministic=true",
+    ],
 )
 def test_ways_to_run_train_and_score(sysu_tree, cache, tmp_path, override):
     short = ("train.stages.0.epochs=1", "train.stages.1.epochs=1", "train.warm_up.iterations=0", override)

@@ -56,7 +56,8 @@ def paired_batches(
     iterations: int,
     rng: np.random.RandomState,
 ) -> Iterator[Pair[np.ndarray]]:
-    """Batches of stage 2: half of the labels from the visible label space, half from the infrared one.
+    """Batches of stage 2: half of the labels from the visible label space, half from the infrared one (the rest of an
+    odd number from the visible one; all from one where the other has none that both modalities carry).
 
     A visible label is carried by visible images (`own.vis`) and by infrared ones (`cross.ir`), an infrared label by
     `own.ir` and `cross.vis`; only labels that both modalities carry are drawn. The i-th visible and the i-th infrared
@@ -65,26 +66,30 @@ def paired_batches(
     Args:
         own: per modality [N] int64 labels in the modality's own label space, -1 for none.
         cross: per modality [N] int64 labels in the other modality's label space, -1 for none.
-        label_count: labels of a batch, even.
+        label_count: labels of a batch.
         image_count: images per label and modality.
 
     Returns:
         Per iteration and modality, [label_count * image_count] int64 rows; visible labels come first.
 
     Raises:
-        UserError: no label of one of the spaces is carried by both modalities.
+        UserError: no label of either space is carried by both modalities.
     """
     _check_counts(label_count=label_count, image_count=image_count)
-    if label_count % 2:
-        raise ValueError(f"label_count must be even, half of it per label space, got {label_count}")
     spaces = Pair(vis=Pair(own.vis, cross.ir), ir=Pair(cross.vis, own.ir)).map(lambda space: space.map(_positions))
     shared = spaces.map(lambda space: np.array([label for label in space.vis if label in space.ir], dtype=np.int64))
-    for modality, labels in (("visible", shared.vis), ("infrared", shared.ir)):
-        _check_labels(len(labels), label_count // 2, f"{modality} labels that both modalities carry")
+    counts = Pair(label_count - label_count // 2, label_count // 2)
+    if not len(shared.vis) or not len(shared.ir):
+        counts = shared.map(lambda labels: label_count if len(labels) else 0)
+    what = "labels that both modalities carry"
+    _check_labels(max(map(len, shared)), 1, what)
+    for labels, count in zip(shared, counts, strict=True):
+        if len(labels):
+            _check_labels(len(labels), count, what)
 
     def batches() -> Iterator[Pair[np.ndarray]]:
         for _ in range(iterations):
-            chosen = shared.map(lambda labels: _choose_labels(labels, label_count // 2, rng))
+            chosen = shared.map(lambda labels, count: _choose_labels(labels, count, rng), counts)
             rows = [
                 (_draw(space.vis[label], image_count, rng), _draw(space.ir[label], image_count, rng))
                 for space, labels in zip(spaces, chosen, strict=True)

@@ -41,7 +41,9 @@ def own(sysu_tree, folder):
 
 @pytest.fixture(scope="module")
 def finished(own, folder):
-    code, out, err = tool("train.py", "--cfg", own, "--out", "whole", "--set", "train.stages.0.iterations=25", cwd=folder)
+    code, out, err = tool(
+        "train.py", "--cfg", own, "--out", "whole", "--set", "train.stages.0.iterations=25", cwd=folder
+    )
     assert code == 0, err
     return folder / "whole", out
 
@@ -76,7 +78,9 @@ def test_killed_without_warning_and_resumed_gives_the_same_metrics(own, folder, 
 
 
 def test_interrupted_by_ctrl_c_it_says_how_to_go_on(own, folder):
-    process = tool("train.py", "--cfg", own, "--out", "stopped", "--set", "train.stages.0.iterations=500", cwd=folder, wait=False)
+    process = tool(
+        "train.py", "--cfg", own, "--out", "stopped", "--set", "train.stages.0.iterations=500", cwd=folder, wait=False
+    )
     checkpoint = folder / "stopped" / "last.pt"
     deadline = time.monotonic() + 100
     while not checkpoint.exists() and time.monotonic() < deadline:
@@ -101,7 +105,10 @@ def test_a_second_run_never_writes_over_the_first(own, folder, finished):
         (["--cfg", "own.yaml", "--set", "optim.lrr=1"], "optim.lrr: no such setting; did you mean 'lr'?"),
         (["--cfg", "own.yaml", "--set", "data.root=/nowhere"], "/nowhere"),
         (["--cfg", "own.yaml", "--set", "device=cuda:99"], "device: 'cuda:99' cannot be used"),
-        (["--cfg", "own.yaml", "--set", "model.weights=imagenet", "--set", "model.backbone=resnet18"], "no ImageNet weights"),
+        (
+            ["--cfg", "own.yaml", "--set", "model.weights=imagenet", "--set", "model.backbone=resnet18"],
+            "no ImageNet weights",
+        ),
         (["--resume", "nowhere"], "not a run folder"),
         (["--resume", "whole", "--set", "optim.lr=1"], "made with other settings (optim.lr: 0.001 -> 1.0)"),
     ],

@@ -1,0 +1,158 @@
+"""Scores by protocol, tables and logs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engine import ops, report
+from engine.data.dataset import Dataset, Images, Protocol, Trial
+from engine.errors import UserError
+from engine.evaluate import Score, evaluate, score, summary
+from engine.pair import Pair
+
+
+def images(ids, cams):
+    ids = np.array(ids)
+    return Images(tuple(str(i) for i in range(len(ids))), ids, np.array(cams))
+
+
+@pytest.fixture
+def dataset():
+    test = Pair(images([1, 1, 2, 2, 3, 3], [1, 2, 1, 2, 1, 2]), images([1, 2, 3, 1, 2, 3], [3, 3, 3, 6, 6, 6]))
+    rows = np.arange(6)
+    to_vis = Protocol("all", "ir", (Trial(rows, rows), Trial(rows[3:], rows[::2])), "sysu")
+    to_ir = Protocol("back", "vis", (Trial(rows, rows[:3]),), "plain")
+    return Dataset("small", Pair(test.vis, test.ir), test, (to_vis, to_ir))
+
+
+def features(noise: float) -> Pair:
+    generator = torch.Generator().manual_seed(0)
+    people = torch.randn(4, 8, generator=generator)
+
+    def rows(ids):
+        return F.normalize(people[torch.tensor(ids)] + noise * torch.randn(6, 8, generator=generator))
+
+    return Pair(rows([1, 1, 2, 2, 3, 3]), rows([1, 2, 3, 1, 2, 3]))
+
+
+def test_perfect_features_score_a_hundred(dataset):
+    for row in evaluate(dataset, features(0.01), cmfp_k=2):
+        assert row.values == pytest.approx({name: 100 for name in row.values})
+        assert set(row.spread.values()) == {0}
+
+
+def test_rows_are_plain_first_then_propagated_and_say_so(dataset):
+    rows = evaluate(dataset, features(1.0), cmfp_k=2)
+    assert [(row.protocol, row.rerank) for row in rows] == [
+        ("all", ""),
+        ("back", ""),
+        ("all", "CMFP(te)"),
+        ("back", "CMFP(te)"),
+    ]
+    assert [row.trials for row in rows] == [2, 1, 2, 1]
+    assert rows[0].values != rows[2].values
+    assert len(evaluate(dataset, features(1.0))) == 2
+
+
+def test_a_row_is_the_mean_of_its_trials(dataset):
+    rows = features(1.0)
+    (first, second), test = dataset.protocols[0].trials, dataset.test
+    results = []
+    for trial in (first, second):
+        query, gallery = torch.from_numpy(trial.queries.copy()), torch.from_numpy(trial.gallery.copy())
+        ids = tuple(torch.from_numpy(part) for part in (test.ir.ids[trial.queries], test.vis.ids[trial.gallery]))
+        cams = tuple(torch.from_numpy(part) for part in (test.ir.cams[trial.queries], test.vis.cams[trial.gallery]))
+        results.append(score(1 - rows.ir[query] @ rows.vis[gallery].T, ids, cams, "sysu"))
+    row = evaluate(dataset, rows)[0]
+    assert row.values["mAP"] == pytest.approx(np.mean([values["mAP"] for values, _ in results]))
+    assert row.spread["mAP"] == pytest.approx(np.std([values["mAP"] for values, _ in results]))
+    assert row.queries == sum(valid for _, valid in results)
+
+
+def test_propagation_sees_one_trial_at_a_time(dataset, monkeypatch):
+    seen, cmfp = [], ops.cmfp
+    monkeypatch.setattr(ops, "cmfp", lambda vis, ir, k: seen.append((len(vis), len(ir), k)) or cmfp(vis, ir, k))
+    evaluate(dataset, features(1.0), cmfp_k=2)
+    assert seen == [(6, 6, 2), (3, 3, 2), (6, 3, 2)]
+
+
+def a_score(trials: int = 2, rerank: str = "") -> Score:
+    names = ["R1", "R5", "R10", "R20", "mAP", "mINP"]
+    return summary("all", rerank, [({name: 50.0 + i for name in names}, 3) for i in range(trials)])
+
+
+def test_a_table_has_a_row_per_score_and_a_spread_where_there_is_one():
+    lines = report.table([("one", a_score(1)), ("two", a_score(2))]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "50.00 |" in lines[2] and "±" not in lines[2]
+    assert "50.50 ± 0.50" in lines[3]
+
+
+ROW = {
+    "epoch": 3,
+    "epochs": 4,
+    "stage": 2,
+    "lr": 1e-3,
+    "labels": {
+        "clusters.vis": 5,
+        "outliers.vis": 2,
+        "clusters.ir": 4,
+        "outliers.ir": 0,
+        "cross.precision": 0.5,
+        "cross.recall": 0.25,
+    },
+    "labels_kept": True,
+    "losses": {"dagl.vis": 1.5},
+    "scores": [],
+    "seconds": {"extract": 1.0, "train": 2.0},
+    "images_per_second": 100.0,
+    "peak_mib": 10.0,
+}
+
+
+def test_an_epoch_reads_well():
+    text = report.epoch_block(ROW | {"scores": [{"protocol": "all", "rerank": "", "values": a_score().values}]})
+    assert text.splitlines()[0] == "epoch 3/4  ·  stage 2  ·  lr 0.001"
+    assert "visible 5 (2 outliers)   infrared 4 (0 outliers)   kept from before" in text
+    assert "cross P 50.0 R 25.0" in text and "dagl.vis 1.5000" in text
+    assert "all:   R1 50.50   mAP 50.50   mINP 50.50" in text and "100 images/s" in text
+
+
+def test_a_resumed_log_forgets_the_interrupted_epoch(tmp_path):
+    log = report.Log(tmp_path)
+    for epoch in (1, 2, 3):
+        log.record(ROW | {"epoch": epoch})
+    report.Log(tmp_path, keep=2)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_tensorboard_gets_the_numbers_or_says_how_to_install_it(tmp_path, monkeypatch):
+    written = {}
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert (folder, purge_step) == (str(tmp_path), 3)
+
+        def add_scalar(self, name, value, epoch):
+            written[name, epoch] = value
+
+        def flush(self):
+            written["flushed"] = True
+
+    import sys
+    import types
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log = report.Log(tmp_path, keep=2, tensorboard=True)
+    log.record(ROW | {"scores": [{"protocol": "all", "rerank": "CMFP(te)", "values": {"mAP": 7.0}}]})
+    assert written["losses/dagl.vis", 3] == 1.5 and written["all CMFP(te)/mAP", 3] == 7.0 and written["flushed"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[tb\]"'):
+        report.Log(tmp_path, tensorboard=True)
