@@ -8,7 +8,7 @@ so that visible and infrared images differ in brightness and colour and never in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ class Stuff:
     Attributes:
         colour: RGB in [0, 1].
         reflectance: brightness in the near infrared that the colour does not tell, in [0, 1].
-        pattern, period: of `PATTERNS`, and its pixels.
+        pattern, period: one of `PATTERNS`, and its pixels per repeat.
     """
 
     colour: Colour
@@ -62,7 +62,7 @@ class Stuff:
 
 
 class Part(NamedTuple):
-    """A polygon, [n, 2] in the person's units, and its stuff."""
+    """A polygon, [n, 2] in the person's units or, once placed, in pixels of the canvas, and its stuff."""
 
     polygon: np.ndarray
     stuff: Stuff
@@ -89,13 +89,14 @@ class Camera:
     """A fixed camera: its scene, its light and its faults.
 
     Attributes:
-        wall, ground: colours of the weak background; infrared cameras see their mean.
+        wall, ground: colours of the weak background, grey for an infrared camera.
         horizon: where they meet, as a fraction of the image's height.
         views: chances of a front, back and side view.
-        gain, gamma, cast: brightness, contrast and white balance.
+        gain, cast: brightness and white balance.
         light: strength of the light from the right (negative: from the left).
         scale, squash, tilt: size of the person, vertical foreshortening, radians of roll.
         blur, noise: radius in pixels, standard deviation.
+        furniture: left and right edges of doors, posts, trees on the wall, as fractions of the image's width.
     """
 
     wall: Colour
@@ -104,7 +105,6 @@ class Camera:
     views: tuple[float, float, float]
     infrared: bool = False
     gain: float = 1.0
-    gamma: float = 1.0
     cast: Colour = (1.0, 1.0, 1.0)
     light: float = 0.0
     scale: float = 1.0
@@ -112,7 +112,7 @@ class Camera:
     tilt: float = 0.0
     blur: float = 0.4
     noise: float = 0.02
-    furniture: tuple[tuple[float, float], ...] = field(default=())  # left and right edges of doors, posts, trees
+    furniture: tuple[tuple[float, float], ...] = ()
 
 
 # Weak scenes and gains, as in crops of one installation: stronger ones drown the people when clustering.
@@ -125,10 +125,10 @@ CAMERAS = {
               blur=0.6, noise=0.03, furniture=((0.72, 0.95),)),
     4: Camera((0.55, 0.57, 0.58), (0.50, 0.50, 0.48), 0.58, (0.4, 0.3, 0.3), gain=1.04, light=0.1, scale=0.98,
               tilt=-0.03, blur=0.3, noise=0.015, furniture=((0.15, 0.22), (0.80, 0.86))),
-    5: Camera((0.52, 0.53, 0.50), (0.48, 0.47, 0.45), 0.62, (0.4, 0.4, 0.2), gain=0.93, gamma=1.05,
+    5: Camera((0.52, 0.53, 0.50), (0.48, 0.47, 0.45), 0.62, (0.4, 0.4, 0.2), gain=0.93,
               cast=(0.99, 1.02, 0.99), light=-0.06, scale=0.96, squash=0.96, blur=0.7, noise=0.025,
               furniture=((0.35, 0.43),)),
-    6: Camera((0.44, 0.44, 0.44), (0.46, 0.46, 0.46), 0.60, (0.3, 0.4, 0.3), infrared=True, gain=0.96, gamma=0.97,
+    6: Camera((0.44, 0.44, 0.44), (0.46, 0.46, 0.46), 0.60, (0.3, 0.4, 0.3), infrared=True, gain=0.96,
               light=-0.05, scale=0.97, squash=0.96, tilt=0.02, blur=0.7, noise=0.025, furniture=((0.18, 0.25),)),
 }  # fmt: skip
 
@@ -143,12 +143,13 @@ def draw(person: Person, camera: Camera, rng: Generator) -> Image.Image:
         stride=rng.uniform(-1, 1),
         swing=rng.uniform(-1, 1),
     )
-    parts = figure(person, pose)
+    parts = [Part(place(polygon), stuff) for polygon, stuff in figure(person, pose)]
+    foot = place(np.zeros(2))
     _shadow(canvas, place)
-    before = canvas.copy()
+    scene = canvas.copy()
     for part in parts:
-        _paint(canvas, Part(place(part.polygon), part.stuff), place(np.zeros((1, 2)))[0], camera.infrared)
-    canvas = _rounded(canvas, before, [place(part.polygon) for part in parts], camera.light)
+        _paint(canvas, part, foot, camera.infrared)
+    canvas = _shade(canvas, scene, parts, camera.light)
     if rng.random() < 0.12:
         _occlude(canvas, camera, rng)
     return _expose(canvas, camera, rng)
@@ -391,11 +392,11 @@ def _placement(person: Person, camera: Camera, rng: Generator) -> Callable[[np.n
     return lambda points: foot + size * (points * (STOUTNESS, camera.squash)) @ turn
 
 
-def _pattern(pattern: str, period: float, origin: np.ndarray) -> np.ndarray:
+def _pattern(pattern: str, period: float, foot: np.ndarray) -> np.ndarray:
     """Where a pattern has its second tone: [H, W] bool over the canvas, moving with the person."""
     period = period * OVERSAMPLING
-    x = np.arange(WIDTH * OVERSAMPLING)[None, :] - origin[0]
-    y = np.arange(HEIGHT * OVERSAMPLING)[:, None] - origin[1]
+    x = np.arange(WIDTH * OVERSAMPLING)[None, :] - foot[0]
+    y = np.arange(HEIGHT * OVERSAMPLING)[:, None] - foot[1]
     half_x, half_y = x % period < period / 2, y % period < period / 2
     if pattern == "bands":
         return np.broadcast_to(half_y, (y.shape[0], x.shape[1]))
@@ -408,20 +409,24 @@ def _pattern(pattern: str, period: float, origin: np.ndarray) -> np.ndarray:
     return np.broadcast_to(y % (4 * period) < 2 * period, (y.shape[0], x.shape[1]))
 
 
+def _corners(polygon: np.ndarray) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in polygon]
+
+
 def _ink(tone: np.ndarray, scale: float = 1.0) -> tuple[int, int, int]:
     red, green, blue = (int(value) for value in np.rint(255 * np.clip(tone * scale, 0, 1)))
     return red, green, blue
 
 
-def _paint(canvas: Image.Image, part: Part, origin: np.ndarray, infrared: bool) -> None:
+def _paint(canvas: Image.Image, part: Part, foot: np.ndarray, infrared: bool) -> None:
     base, second = part.stuff.tones(infrared)
-    corners = [(float(x), float(y)) for x, y in part.polygon]
+    corners = _corners(part.polygon)
     brush = ImageDraw.Draw(canvas)
     brush.polygon(corners, fill=_ink(base))
     if part.stuff.pattern != "plain":
         mask = Image.new("L", canvas.size)
         ImageDraw.Draw(mask).polygon(corners, fill=255)
-        shape = np.where(_pattern(part.stuff.pattern, part.stuff.period, origin), np.asarray(mask), 0)
+        shape = np.where(_pattern(part.stuff.pattern, part.stuff.period, foot), np.asarray(mask), 0)
         canvas.paste(_ink(second), (0, 0), Image.fromarray(shape.astype(np.uint8)))
     brush.polygon(corners, outline=_ink(base, 0.72))
 
@@ -442,23 +447,21 @@ def _background(camera: Camera, rng: Generator) -> Image.Image:
 
 def _shadow(canvas: Image.Image, place: Callable[[np.ndarray], np.ndarray]) -> None:
     mask = Image.new("L", canvas.size)
-    corners = [(float(x), float(y)) for x, y in place(_ellipse(0, 0, 0.16, 0.028))]
-    ImageDraw.Draw(mask).polygon(corners, fill=70)
+    ImageDraw.Draw(mask).polygon(_corners(place(_ellipse(0, 0, 0.16, 0.028))), fill=70)
     canvas.paste((40, 40, 40), (0, 0), mask.filter(ImageFilter.BoxBlur(5)))
 
 
-def _rounded(canvas: Image.Image, before: Image.Image, polygons: Sequence[np.ndarray], light: float) -> Image.Image:
-    """Shade the figure darker towards its outline and away from the light, so that it looks round."""
+def _shade(canvas: Image.Image, scene: Image.Image, parts: Sequence[Part], light: float) -> Image.Image:
+    """Darken the figure towards its outline and away from the light, so that it looks round; leave the scene."""
     mask = Image.new("L", canvas.size)
     brush = ImageDraw.Draw(mask)
-    for polygon in polygons:
-        brush.polygon([(float(x), float(y)) for x, y in polygon], fill=255)
+    for part in parts:
+        brush.polygon(_corners(part.polygon), fill=255)
     inside = np.asarray(mask.filter(ImageFilter.BoxBlur(9)), np.float32) / 255
     across = np.linspace(-1, 1, canvas.width, dtype=np.float32)
     shade = (0.72 + 0.28 * inside) * (1 + 2 * light * across)
     shaded = np.asarray(canvas, np.float32) * shade[..., None]
-    figure_image = Image.fromarray(np.clip(shaded, 0, 255).astype(np.uint8))
-    return Image.composite(figure_image, before, mask)
+    return Image.composite(Image.fromarray(shaded.clip(0, 255).astype(np.uint8)), scene, mask)
 
 
 def _occlude(canvas: Image.Image, camera: Camera, rng: Generator) -> None:
@@ -474,13 +477,15 @@ def _occlude(canvas: Image.Image, camera: Camera, rng: Generator) -> None:
 
 
 def _expose(canvas: Image.Image, camera: Camera, rng: Generator) -> Image.Image:
-    """Light, lens and sensor: size, blur, white balance, gain, gamma, noise."""
+    """Light, lens and sensor: size, blur, white balance, gain, noise.
+
+    Sums and products only, which every processor rounds alike.
+    """
     image = canvas.reduce(OVERSAMPLING).filter(ImageFilter.GaussianBlur(camera.blur * rng.uniform(0.7, 1.3)))
-    pixels = np.asarray(image, np.float32) / 255
-    if camera.infrared:
-        pixels = pixels.mean(2, keepdims=True)
-    across = 1 + camera.light * np.linspace(-1, 1, WIDTH, dtype=np.float32)[None, :, None]
-    gain = camera.gain * rng.uniform(0.95, 1.05)
-    pixels = (pixels * across * gain * np.array(camera.cast, np.float32)).clip(0, 1) ** camera.gamma
-    noise = rng.standard_normal(pixels.shape if camera.infrared is False else (HEIGHT, WIDTH, 1), np.float32)
-    return Image.fromarray(np.rint(255 * (pixels + camera.noise * noise).clip(0, 1)).astype(np.uint8))
+    channel_count = 1 if camera.infrared else 3
+    pixels = np.asarray(image, np.float32)[..., :channel_count]
+    across = 1 + camera.light * np.linspace(-1, 1, WIDTH, dtype=np.float32)[:, None]
+    gain = camera.gain * rng.uniform(0.95, 1.05) * np.array(camera.cast[:channel_count], np.float32)
+    noise = rng.standard_normal(pixels.shape, np.float32)
+    exposed = np.rint(pixels * across * gain + 255 * camera.noise * noise).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(np.repeat(exposed, 3 // channel_count, axis=2))
