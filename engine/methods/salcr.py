@@ -74,7 +74,9 @@ class Salcr(Method):
 
         def __post_init__(self) -> None:
             column = ("released", "paper").index(self.reading)
-            unset: dict[str, Any] = {name: values[column] for name, values in READINGS.items() if getattr(self.dagl, name) is None}
+            unset: dict[str, Any] = {
+                name: values[column] for name, values in READINGS.items() if getattr(self.dagl, name) is None
+            }
             object.__setattr__(self, "dagl", replace(self.dagl, **unset))
 
     settings: Settings
