@@ -163,4 +163,4 @@ def _move(made: Path, root: Path, size: Size) -> None:
 
 
 if __name__ == "__main__":
-    sheet(range(1, 5)).quantize(64).save(sys.argv[1], optimize=True)
+    sheet(range(1, 7)).reduce(2).save(sys.argv[1], optimize=True)
