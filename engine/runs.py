@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from engine import __version__, checkpoint
+from engine import checkpoint, info
 from engine.config import Config, differences, load, parse, to_dict
 from engine.errors import UserError
 
@@ -82,18 +80,11 @@ def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
 
 def environment(seed: int) -> dict[str, Any]:
     """Versions, commit and machine, for environment.json."""
-    root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
     return {
         "command": " ".join(sys.argv),
-        "engine": __version__,
-        "commit": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "machine": platform.platform(),
+        "commit": info.commit(),
+        "versions": info.versions(),
+        "devices": info.devices(),
+        "system": platform.platform(),
         "seed": seed,
     }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+# To be said before torch loads: threads that spin while they wait cost tenfold where something else holds a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from engine import config, report, runs
 from engine.errors import run_tool

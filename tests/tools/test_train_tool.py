@@ -71,7 +71,7 @@ def test_killed_without_warning_and_resumed_gives_the_same_metrics(own, folder, 
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert metrics.read_text().count("\n") < 4, "the run ended before it was killed"
-    code, out, err = tool("train.py", "--resume", "killed", cwd=folder)
+    code, _, err = tool("train.py", "--resume", "killed", cwd=folder)
     assert code == 0, err
     assert scores(folder / "killed") == scores(finished[0])
     assert (folder / "killed" / "results.md").read_text() == (finished[0] / "results.md").read_text()
@@ -115,7 +115,7 @@ def test_a_second_run_never_writes_over_the_first(own, folder, finished):
 )
 def test_mistakes_end_with_one_clear_line_and_leave_nothing(own, folder, finished, arguments, message):
     before = sorted(folder.iterdir())
-    code, out, err = tool("train.py", *arguments, "--out" if "--cfg" in arguments else "--set", "seed=0", cwd=folder)
+    code, _, err = tool("train.py", *arguments, "--out" if "--cfg" in arguments else "--set", "seed=0", cwd=folder)
     assert code == 2
     assert err.strip().splitlines()[-1].startswith("error: ") and message in err
     assert "Traceback" not in err
