@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -11,9 +12,14 @@ class UserError(Exception):
 
 
 def run_tool(main: Callable[[], int]) -> None:
-    """Exit with what a tool's `main` returns; a `UserError` prints its message alone and exits with code 2."""
+    """Exit with what a tool's `main` returns; a `UserError` or a full disk prints its message alone, and code 2."""
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = f"the disk is full ({error.filename or 'writing the log'}); make room, then go on with --resume"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,6 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.evaluate import RANKS, Score
 from engine.features import NAMES
-
-
-class Phases:
-    """Seconds per named part of an epoch; device work is waited for, so that it is counted where it was started."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def peak_memory(device: torch.device) -> float:

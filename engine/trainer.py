@@ -24,6 +24,7 @@ from engine.features import NAMES, autocast, extract
 from engine.losses import instance_contrast
 from engine.model.network import Output
 from engine.pair import Pair
+from engine.phases import Phases
 
 # Streams of random numbers; every draw is keyed by one of these, the seed, the epoch and the step.
 _SAMPLING, _AUGMENTING, _WARMING = 0, 1, 2
@@ -115,7 +116,7 @@ class Trainer:
     def _epoch(self, epoch: int, stage: int, epochs: int) -> None:
         settings = self.config.train.stages[stage]
         within = epoch - sum(earlier.epochs for earlier in self.config.train.stages[:stage])
-        state, phases = self.state, report.Phases(self.device)
+        state, phases = self.state, Phases(self.device)
         if within == 0 and state.step == 0:
             self.optimizer = optim.build(self.network, self.config.optim)
         rate = optim.learning_rate(self.config.optim, within, settings.epochs)
@@ -160,25 +161,25 @@ class Trainer:
             self._save(f"stage{stage + 1}.pt")
         self._save("last.pt")
 
-    def _label(self, stage: int, phases: report.Phases) -> None:
+    def _label(self, stage: int, phases: Phases) -> None:
         """The offline step at the start of an epoch: features, pseudo-labels, memories."""
         state = self.state
         with phases("extract"):
             features = extract(self.network, self.pixels, self.config, self.device, progress="training images")
-        with phases("label"):
-            labels = self.method.label(features, stage)
-            state.labels_kept = 0 in labels.counts
-            if state.labels_kept:
-                empty = [word for word, count in zip(NAMES.values(), labels.counts, strict=True) if count == 0]
-                if state.labels is None:
-                    raise UserError(
-                        f"no cluster among the {' and '.join(empty)} images: nothing to learn from. Raise cluster.eps "
-                        f"({self.config.cluster.eps}), lower cluster.min_samples ({self.config.cluster.min_samples}), "
-                        "or start from better features (model.weights, train.warm_up)"
-                    )
-                self.log.say(f"no cluster among the {' and '.join(empty)} images: the last epoch's labels are kept")
-                labels = state.labels
-            state.labels = labels
+        labels = self.method.label(features, stage, phases)
+        state.labels_kept = 0 in labels.counts
+        if state.labels_kept:
+            empty = [word for word, count in zip(NAMES.values(), labels.counts, strict=True) if count == 0]
+            if state.labels is None:
+                eps, settings = tuple(self.config.cluster.eps), self.config.cluster
+                raise UserError(
+                    f"no cluster among the {' and '.join(empty)} images: nothing to learn from. Raise cluster.eps (visible "
+                    f"{eps[0]}, infrared {eps[1]}), lower cluster.min_samples ({settings.min_samples}), or start from "
+                    "better features (model.weights, train.warm_up)"
+                )
+            self.log.say(f"no cluster among the {' and '.join(empty)} images: the last epoch's labels are kept")
+            labels = state.labels
+        state.labels = labels
         with phases("memories"):
             state.memories = self.method.memories(features, labels)
 

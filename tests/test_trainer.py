@@ -11,10 +11,11 @@ import pytest
 import torch
 from small_runs import settings, start
 
-from engine import checkpoint, methods, report, trainer
+from engine import checkpoint, methods, trainer
 from engine.data.loader import Loader
 from engine.errors import UserError
 from engine.evaluate import evaluate_checkpoint
+from engine.phases import Phases
 from engine.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels")
@@ -122,7 +123,7 @@ def test_accumulation_in_parts_of_the_batch_norm_group_is_the_whole_batch(sysu_t
     results = []
     for parts in (1, 2):
         run = start(settings(sysu_tree, cache, "model.bn_group=6", f"train.accumulate={parts}"), tmp_path / str(parts))
-        run._label(0, report.Phases(run.device))
+        run._label(0, Phases(run.device))
         labels, stage = run.state.labels, run.config.train.stages[0]
         loader = Loader(run.pixels, run.config.augment, run.device, (1, 2))
         plan = trainer._plan(labels, stage, np.random.RandomState(0))
@@ -139,6 +140,7 @@ def test_accumulation_in_parts_of_the_batch_norm_group_is_the_whole_batch(sysu_t
     "override",
     [
         "train.precision=bf16",
+        "train.precision=fp16",
         "train.precision=tf32",
         "train.channels_last=true",
         "model.bn_group=6",
@@ -176,9 +178,9 @@ def test_no_cluster_at_all_is_an_error_with_a_remedy(sysu_tree, cache, tmp_path)
 def test_an_epoch_without_clusters_keeps_the_labels_before(sysu_tree, cache, tmp_path, monkeypatch):
     label, calls = methods.find("salcr").label, []
 
-    def second_time_nothing(self, features, stage):
+    def second_time_nothing(self, features, stage, phases):
         calls.append(stage)
-        labels = label(self, features, stage)
+        labels = label(self, features, stage, phases)
         if len(calls) == 2:
             nothing = labels.clusters.map(lambda part: torch.full_like(part, -1))
             return trainer.Labels(nothing, nothing)

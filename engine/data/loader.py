@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -74,13 +76,14 @@ class Loader:
         self, plan: Iterable[Pair[np.ndarray]], labels: Labels, epoch: int, *, ltg: bool, start: int = 0
     ) -> Iterator[Batch]:
         """One `Batch` per entry of `plan` from the `start`-th on; visible images see the LTG only when `ltg`."""
+        host_own, host_cross = labels.own.map(Tensor.cpu), labels.cross and labels.cross.map(Tensor.cpu)
         for step, rows, images in self._read(plan, start):
             generator = seeds.generator(*self.key, epoch, step)
             vis, aug = transforms.augment_visible(images.vis, self.settings, generator, ltg=ltg)
             ir = transforms.augment_infrared(images.ir, self.settings, generator)
-            index = rows.map(lambda part: torch.from_numpy(part).to(self.device))
-            own = labels.own.map(lambda part, chosen: part[chosen], index)
-            cross = labels.cross and labels.cross.map(lambda part, chosen: part[chosen], index)
+            index = rows.map(torch.from_numpy)
+            own = host_own.map(lambda part, chosen: self._send(part[chosen]), index)
+            cross = host_cross and host_cross.map(lambda part, chosen: self._send(part[chosen]), index)
             yield Batch(vis, aug, ir, own, cross, generator)
 
     def views(self, plan: Iterable[Pair[np.ndarray]]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -95,23 +98,25 @@ class Loader:
     def _read(
         self, plan: Iterable[Pair[np.ndarray]], start: int
     ) -> Iterator[tuple[int, Pair[np.ndarray], Pair[Tensor]]]:
+        """(step, rows, images on the device) from the `start`-th entry on; the next images are read meanwhile."""
+
         def gather(rows: Pair[np.ndarray]) -> Pair[Tensor]:
             images = self.pixels.map(lambda pixels, chosen: torch.from_numpy(pixels[chosen]), rows)
             return images.map(Tensor.pin_memory) if self.device.type == "cuda" else images
 
-        entries = iter(enumerate(plan))
         with ThreadPoolExecutor(1) as reader:
-            ahead = None
-            for step, rows in entries:
-                if step < start:
-                    continue
-                coming = (step, rows, reader.submit(gather, rows))
-                if ahead is not None:
-                    yield self._deliver(*ahead)
-                ahead = coming
-            if ahead is not None:
-                yield self._deliver(*ahead)
+            ahead: deque[tuple[int, Pair[np.ndarray], Future[Pair[Tensor]]]] = deque()
+            for step, rows in islice(enumerate(plan), start, None):
+                ahead.append((step, rows, reader.submit(gather, rows)))
+                if len(ahead) > 1:
+                    yield self._deliver(*ahead.popleft())
+            while ahead:
+                yield self._deliver(*ahead.popleft())
 
-    def _deliver(self, step: int, rows: Pair[np.ndarray], images: object) -> tuple[int, Pair[np.ndarray], Pair[Tensor]]:
-        moved = images.result().map(lambda part: part.to(self.device, non_blocking=True))  # type: ignore[attr-defined]
-        return step, rows, moved
+    def _deliver(
+        self, step: int, rows: Pair[np.ndarray], images: Future[Pair[Tensor]]
+    ) -> tuple[int, Pair[np.ndarray], Pair[Tensor]]:
+        return step, rows, images.result().map(self._send)
+
+    def _send(self, part: Tensor) -> Tensor:
+        return part.to(self.device, non_blocking=True)

@@ -13,6 +13,7 @@ from engine.config import Config
 from engine.data.loader import Batch
 from engine.model.network import Network, Output
 from engine.pair import Modality, Pair
+from engine.phases import Phases
 
 
 class Method:
@@ -34,14 +35,16 @@ class Method:
         """The network, on the CPU."""
         return Network(self.config.model)
 
-    def label(self, features: Pair[Tensor], stage: int) -> Labels:
+    def label(self, features: Pair[Tensor], stage: int, phases: Phases) -> Labels:
         """Pseudo-labels for one epoch.
 
         Args:
             features: `[N, D]` unit rows of all training images per modality.
             stage: 0 for the first entry of `train.stages`, and so on.
+            phases: `with phases("associate"):` counts the seconds of a part for the log.
         """
-        return cluster(features, self.config.cluster)
+        with phases("cluster"):
+            return cluster(features, self.config.cluster)
 
     def memories(self, features: Pair[Tensor], labels: Labels) -> dict[str, Tensor]:
         """Fresh memory banks for the epoch, by name; DCL has one per modality, `[clusters, D]`."""

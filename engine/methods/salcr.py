@@ -15,6 +15,7 @@ from engine.data.loader import Batch
 from engine.methods.base import Method
 from engine.model.network import Output
 from engine.pair import Modality, Pair
+from engine.phases import Phases
 
 Reading = Literal["released", "paper"]
 # Where released code and paper differ: the switch of `dagl`, and what each reading sets it to.
@@ -81,12 +82,13 @@ class Salcr(Method):
 
     settings: Settings
 
-    def label(self, features: Pair[Tensor], stage: int) -> Labels:
+    def label(self, features: Pair[Tensor], stage: int, phases: Phases) -> Labels:
         """Clusters, and from stage 2 on the labels across modalities (Eq. 4, 5)."""
-        labels = super().label(features, stage)
+        labels = super().label(features, stage, phases)
         if stage == 0 or not self.settings.dagl.enabled or 0 in labels.counts:
             return labels
-        return self._associate(features, labels)
+        with phases("associate"):
+            return self._associate(features, labels)
 
     def _associate(self, features: Pair[Tensor], labels: Labels) -> Labels:
         dagl, transport = self.settings.dagl, self.settings.transport

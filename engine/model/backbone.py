@@ -94,6 +94,8 @@ class TwoStreamResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        # As from ImageNet weights, both stems start equal: like edges then look alike to the shared layers at once.
+        self.stems["ir"].load_state_dict(self.stems["vis"].state_dict())
 
     def forward(self, stems: dict[str, Tensor], order: Tensor | None = None) -> Tensor:
         """Feature map of all images.

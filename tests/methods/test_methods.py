@@ -15,7 +15,9 @@ from engine.data.loader import Batch
 from engine.errors import UserError
 from engine.model.network import Output
 from engine.pair import Pair
+from engine.phases import Phases
 
+TIMES = Phases(torch.device("cpu"))
 DATA = Path(__file__).parents[1] / "data"
 
 
@@ -112,7 +114,7 @@ def test_stage_one_updates_augmented_rows_first_and_stage_two_in_a_drawn_order()
 @pytest.mark.parametrize("reading", ["released", "paper"])
 def test_association_finds_the_same_people(reading):
     features = people()
-    labels = build(f"salcr.reading={reading}", "salcr.cmfp.k=4").label(features, 1)
+    labels = build(f"salcr.reading={reading}", "salcr.cmfp.k=4").label(features, 1, TIMES)
     person = torch.arange(30) // 6
     for own, cross in zip(labels.own, labels.cross.swap(), strict=True):
         kept = (own >= 0) & (cross >= 0)
@@ -123,23 +125,23 @@ def test_association_finds_the_same_people(reading):
 
 
 def test_stage_one_and_a_switched_off_module_do_not_associate():
-    assert build().label(people(), 0).cross is None
-    assert build("salcr.dagl.enabled=false").label(people(), 1).cross is None
-    assert build("method.name=dcl").label(people(), 1).cross is None
+    assert build().label(people(), 0, TIMES).cross is None
+    assert build("salcr.dagl.enabled=false").label(people(), 1, TIMES).cross is None
+    assert build("method.name=dcl").label(people(), 1, TIMES).cross is None
 
 
 def test_outliers_carry_no_label_in_any_space():
     features = people()
     lonely = F.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(11)))
     features = Pair(torch.cat([lonely, features.vis]), features.ir)
-    labels = build("cluster.eps=0.4").label(features, 1)
+    labels = build("cluster.eps=0.4").label(features, 1, TIMES)
     assert labels.clusters.vis[0] == labels.own.vis[0] == labels.cross.vis[0] == -1
     assert (labels.own.vis[1:] >= 0).any()
 
 
 @pytest.mark.parametrize(("branch", "unused", "used"), [("visible", "vis", "ir"), ("infrared", "ir", "vis")])
 def test_one_branch_links_in_one_label_space(branch, unused, used):
-    labels = build(f"salcr.dagl.branch={branch}").label(people(), 1)
+    labels = build(f"salcr.dagl.branch={branch}").label(people(), 1, TIMES)
     assert (labels.cross[unused] == -1).all()
     assert (labels.cross[used] >= 0).any()
     terms = build(f"salcr.dagl.branch={branch}").losses(output(), batch(), BANKS)
@@ -150,7 +152,7 @@ def test_relabel_is_a_switch(monkeypatch):
     features = people(apart=1.5)
     first = lambda rows, labels, means: torch.where(labels >= 0, 0, labels)
     monkeypatch.setattr("engine.methods.salcr.relabel_nearest", first)
-    moved, kept = (build(f"salcr.dagl.relabel={on}").label(features, 1) for on in ("true", "false"))
+    moved, kept = (build(f"salcr.dagl.relabel={on}").label(features, 1, TIMES) for on in ("true", "false"))
     assert (moved.own.vis == 0).all() and torch.equal(moved.clusters.vis, kept.clusters.vis)
     assert torch.equal(kept.own.vis, kept.clusters.vis) and torch.equal(kept.own.ir, kept.clusters.ir)
 
@@ -163,9 +165,9 @@ def test_cmfp_before_the_association_is_a_switch(monkeypatch):
         return cmfp(vis, ir, k)
 
     monkeypatch.setattr(ops, "cmfp", recorded)
-    build("salcr.cmfp.k=3").label(people(), 1)
+    build("salcr.cmfp.k=3").label(people(), 1, TIMES)
     assert seen == [3]
-    build("salcr.cmfp.enabled=false").label(people(), 1)
+    build("salcr.cmfp.enabled=false").label(people(), 1, TIMES)
     assert seen == [3]
 
 

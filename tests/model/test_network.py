@@ -40,9 +40,14 @@ def test_rows_are_visible_then_augmented_then_infrared():
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=1e-5)
 
 
-def test_each_modality_has_its_own_stem():
+def test_stems_start_equal_and_are_each_modalitys_own():
     network, (vis, _, _) = build().eval(), images()
-    assert not torch.allclose(network(vis=vis).features, network(ir=vis).features)
+    before = network(vis=vis).features
+    assert torch.equal(before, network(ir=vis).features)
+    with torch.no_grad():
+        network.backbone.stems["ir"].conv1.weight.neg_()
+    assert torch.equal(before, network(vis=vis).features)
+    assert not torch.allclose(before, network(ir=vis).features)
 
 
 @pytest.mark.parametrize("group", [6, 3])
