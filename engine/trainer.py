@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from engine import checkpoint, data, methods, optim, report, runs, seeds
 from engine.cluster import Labels, quality
 from engine.config import Config, Stage, to_dict
 from engine.data import sampler
+from engine.data.dataset import Images
 from engine.data.loader import Batch, Loader
 from engine.device import pick_device
 from engine.errors import UserError
@@ -39,7 +42,7 @@ class State:
         epoch, step: the next ones to run, counted over all stages and within the epoch.
         labels, memories, totals: of the running epoch (totals: sums of the loss terms so far).
         milestones: scores of the untrained network, at the end of each stage, and so on, for the final table.
-        best: epoch, score and its dictionary of the best epoch by the main protocol's mAP.
+        best: number and scores of the best epoch by the main protocol's mAP.
     """
 
     started: bool = False
@@ -298,10 +301,11 @@ class Trainer:
         checkpoint.save(self.folder / name, content)
 
     def _restore(self, content: dict[str, Any]) -> None:
-        if content["images"] != _fingerprint(self.dataset.train):
+        now = _fingerprint(self.dataset.train)
+        if content["images"] != now:
             raise UserError(
-                f"{self.folder}: the training images are not those this run was started with "
-                f"({content['images']} then, {_fingerprint(self.dataset.train)} now); restore the data set, or start a new run"
+                f"{self.folder}: the training images are not those this run was started with ({content['images']} then, "
+                f"{now} now); restore the data set, or start a new run"
             )
         checkpoint.load_network(self.network, content)
         self.optimizer.load_state_dict(content["optimizer"])
@@ -394,5 +398,9 @@ def _labels(content: list[Any] | None, device: torch.device) -> Labels | None:
     return Labels(*(part and Pair(*(rows.to(device) for rows in part)) for part in content))
 
 
-def _fingerprint(images: Pair[Any]) -> str:
-    return f"{len(images.vis)} visible, {len(images.ir)} infrared"
+def _fingerprint(images: Pair[Images]) -> str:
+    """What a run was trained on, wherever it lies: the names and sizes of the files."""
+    digest = hashlib.sha256()
+    for path in images.vis.paths + images.ir.paths:
+        digest.update(f"{'/'.join(Path(path).parts[-3:])} {os.path.getsize(path)}\n".encode())
+    return f"{len(images.vis)} visible and {len(images.ir)} infrared images, {digest.hexdigest()[:12]}"
