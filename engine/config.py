@@ -337,7 +337,10 @@ def _override(content: dict[str, Any], override: str) -> None:
                     node[key] = {}
                 node = node[key]
         else:
-            raise UserError(f"--set {override}: {'.'.join(keys[:depth])} is a single value, it has no '{key}'")
+            whole = ".".join(keys[:depth])
+            raise UserError(
+                f"--set {override}: {whole} is a single value here, not settings; give the whole of {whole}"
+            )
 
 
 def _section(value: Any, path: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -13,6 +14,7 @@ class UserError(Exception):
 
 def run_tool(main: Callable[[], int]) -> None:
     """Exit with what a tool's `main` returns; a `UserError` or a full disk prints its message alone, and code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         sys.exit(main())
     except UserError as error:

@@ -146,17 +146,18 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> list[Score
     blank = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has the weights
     network = methods.find(config.method.name)(blank).build().to(device)
     checkpoint.load_network(network, content)
-    return evaluate_network(network, dataset, decode(dataset.test, config), config, device)
+    return evaluate_network(network, dataset, decode(dataset.test, config, "test"), config, device)
 
 
-def decode(images: Pair[Images], config: Config) -> Pair[np.ndarray]:
-    """`[N, H, W, 3]` uint8 per modality, from the cache where it holds them."""
+def decode(images: Pair[Images], config: Config, part: str) -> Pair[np.ndarray]:
+    """`[N, H, W, 3]` uint8 per modality, from the cache where it holds them; `part` names them on the progress bar."""
     settings = config.data
-    vis, ir = (
-        cache.decode(images[name], settings.size, folder=settings.cache, workers=settings.workers, label=NAMES[name])
-        for name in NAMES
-    )
-    return Pair(vis, ir)
+
+    def one(files: Images, name: str) -> np.ndarray:
+        place = settings.cache
+        return cache.decode(files, settings.size, folder=place, workers=settings.workers, label=f"{name} {part}")
+
+    return images.map(one, Pair(*NAMES.values()))
 
 
 def _refuse_leak(trained: Config, config: Config) -> None:

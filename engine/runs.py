@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
 def environment(seed: int) -> dict[str, Any]:
     """Versions, commit and machine, for environment.json."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "commit": info.commit(),
         "versions": info.versions(),
         "devices": info.devices(),

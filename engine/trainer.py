@@ -71,10 +71,10 @@ class Trainer:
         _set_precision(config)
         torch.manual_seed(config.seed)
         self.dataset = data.read(config.data)
-        self.pixels = decode(self.dataset.train, config)
-        self.test_pixels = decode(self.dataset.test, config) if self.dataset.test else None
         self.method = methods.find(config.method.name)(config)
-        self.network = self.method.build().to(self.device)
+        self.network = self.method.build().to(self.device)  # missing weights are noticed before anything long begins
+        self.pixels = decode(self.dataset.train, config, "training")
+        self.test_pixels = decode(self.dataset.test, config, "test") if self.dataset.test else None
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = optim.build(self.network, config.optim)
@@ -94,6 +94,8 @@ class Trainer:
         self.log = report.Log(self.folder, self.state.epoch, self.config.tensorboard)
         if not self.state.started:
             self._start()
+        elif self.state.epoch == len(schedule):
+            self.log.say("this run has finished already; its results:")
         for epoch, stage in schedule[self.state.epoch :]:
             try:
                 self._epoch(epoch, stage, len(schedule))
@@ -160,7 +162,8 @@ class Trainer:
             self._save("best.pt")
         if last:
             if scores:
-                state.milestones.append((f"after stage {stage + 1}", scores))
+                end = " (last epoch)" if epoch + 1 == epochs else ""
+                state.milestones.append((f"after stage {stage + 1}{end}", scores))
             self._save(f"stage{stage + 1}.pt")
         self._save("last.pt")
 
@@ -272,9 +275,9 @@ class Trainer:
         rows = [(name, scores[0]) for name, scores in state.milestones]
         if state.best is not None:
             rows.append((f"best epoch ({state.best[0]}), chosen on these scores", state.best[1][0]))
-        _, final = state.milestones[-1]
-        rows += [("last epoch", score) for score in final if score.protocol != main and not score.rerank]
-        rows += [(f"last epoch + {score.rerank}", score) for score in final if score.rerank]
+        name, final = state.milestones[-1]
+        rows += [(name, score) for score in final if score.protocol != main and not score.rerank]
+        rows += [(f"{name} + {score.rerank}", score) for score in final if score.rerank]
         checkpoint.write(self.folder / "results.md", (report.table(rows) + "\n").encode())
         return rows
 

@@ -55,8 +55,8 @@ def test_a_run_leaves_settings_log_metrics_checkpoints_and_a_table(whole):
     files = {"config.yaml", "environment.json", "log.txt", "metrics.jsonl", "results.md"}
     assert names == files | {"last.pt", "best.pt", "stage1.pt", "stage2.pt"}
     labels = [label for label, _ in rows]
-    assert labels[:4] == ["untrained", "after warm-up", "after stage 1", "after stage 2"]
-    assert labels[4].startswith("best epoch (") and labels[-1] == "last epoch + CMFP(te)"
+    assert labels[:4] == ["untrained", "after warm-up", "after stage 1", "after stage 2 (last epoch)"]
+    assert labels[4].startswith("best epoch (") and labels[-1] == "after stage 2 (last epoch) + CMFP(te)"
     assert {score.rerank for label, score in rows if "CMFP" not in label} == {""}
     assert "| after stage 2" in (folder / "results.md").read_text()
     log = (folder / "log.txt").read_text()
@@ -106,7 +106,7 @@ def test_a_finished_run_resumes_to_its_table(whole, sysu_tree, cache):
 def test_a_stage_one_checkpoint_starts_stage_two(whole, sysu_tree, cache, tmp_path):
     loaded = settings(sysu_tree, cache, f"train.start_from={whole[0]}")
     rows = start(loaded, tmp_path).run()
-    assert [label for label, _ in rows][:2] == ["as loaded", "after stage 2"]
+    assert [label for label, _ in rows][:2] == ["as loaded", "after stage 2 (last epoch)"]
     assert metrics(tmp_path) == metrics(whole[0])[2:]
 
 
@@ -243,7 +243,7 @@ def test_a_changed_data_set_is_noticed_on_resume(whole, sysu_tree, cache):
 
 def test_a_checkpoint_scores_as_the_run_did(whole):
     scores = evaluate_checkpoint(whole[0] / "last.pt")
-    assert scores[0] == dict(whole[1])["after stage 2"]
+    assert scores[0] == whole[1][3][1]
     assert [score.rerank for score in scores] == [""] * 4 + ["CMFP(te)"] * 4
 
 

@@ -45,7 +45,8 @@ def main() -> int:
     else:
         path = checkpoint.locate(arguments.run, arguments.checkpoint)
         scores = evaluate_checkpoint(path, arguments.set)
-        rows = [(f"{path.stem}{' + ' + row.rerank if row.rerank else ''}", row) for row in scores]
+        name = "best (chosen on test scores)" if path.stem == "best" else path.stem
+        rows = [(f"{name} + {row.rerank}" if row.rerank else name, row) for row in scores]
     print(report.table(rows))
     if arguments.json:
         content = json.dumps([{"row": label} | asdict(row) for label, row in rows], indent=2)

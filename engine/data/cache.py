@@ -52,7 +52,7 @@ def decode(
         raise UserError(f"no {label} images to decode")
     cache = Path(folder).expanduser() if folder else _default_folder()
     shape = (len(images), *size, 3)
-    file = cache / f"{label}-{_key(images.paths, size)}.npy"
+    file = cache / f"{label.replace(' ', '-')}-{_key(images.paths, size)}.npy"
     if not file.exists():
         with _writable(cache, int(np.prod(shape))):
             _clean(cache)
@@ -89,7 +89,7 @@ def _key(paths: tuple[str, ...], size: tuple[int, int]) -> str:
 def _decode_blocks(paths: tuple[str, ...], size: tuple[int, int], workers: int, label: str) -> Iterator[np.ndarray]:
     """Blocks of decoded images in order. All files are tried before the bad ones are named together."""
     bad: list[str] = []
-    progress = tqdm(total=len(paths), desc=f"decoding {label} images", unit="image")
+    progress = tqdm(total=len(paths), desc=f"decoding {label} images", unit="image", disable=None)
     with ThreadPool(workers) as pool, progress:
         for start in range(0, len(paths), BLOCK):
             results = pool.map(lambda path: _decode_one(path, size), paths[start : start + BLOCK])

@@ -142,7 +142,9 @@ def _write(folder: Path, size: Size) -> None:
     for name, pids in lists.items():
         (folder / "exp" / f"{name}_id.txt").write_text(",".join(map(str, pids)) + "\n")
     persons = people(lists["test"].stop - 1, VERSION)
-    with tqdm(total=len(persons) * len(CAMERAS) * size.images, desc="demo data set", unit="image") as progress:
+    with tqdm(
+        total=len(persons) * len(CAMERAS) * size.images, desc="drawing the demo data set", unit="image", disable=None
+    ) as progress:
         for pid, person in enumerate(persons, start=1):
             for cam in CAMERAS:
                 where = folder / f"cam{cam}" / f"{pid:04d}"

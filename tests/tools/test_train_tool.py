@@ -57,7 +57,7 @@ def test_training_prints_epochs_and_a_table(finished):
     _, out = finished
     assert "run folder: whole" in out
     assert "epoch 4/4  ·  stage 2" in out
-    assert "| after stage 2" in out and "| last epoch + CMFP(te)" in out
+    assert "| after stage 2" in out and "| after stage 2 (last epoch) + CMFP(te)" in out
 
 
 def test_killed_without_warning_and_resumed_gives_the_same_metrics(own, folder, finished):
