@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "memory_update_.h"
 
 namespace py = pybind11;
@@ -24,6 +25,7 @@ void memory_update_(Address bank, Address features, Address labels, Address mome
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ back ends of engine.ops";
   const py::call_guard<py::gil_scoped_release> release;
+  module.def("isa", [] { return engine::name(engine::isa()); });
   module.def("memory_update_float32", &memory_update_<float>, release);
   module.def("memory_update_float64", &memory_update_<double>, release);
 }

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <thread>
-#include <vector>
+
+#include "parallel.h"
 
 namespace engine {
 namespace {
@@ -52,7 +52,7 @@ void memory_update(Real* bank, const Real* features, const std::int64_t* labels,
 
   // Each worker walks the whole batch in order and updates the labels that are its own: no two share a bank row, and
   // the updates of one row come in batch order, whatever the number of workers.
-  const auto work = [=](std::int64_t worker) {
+  parallel_for(workers, 1, threads, [=](std::int64_t worker, std::int64_t) {
     for (std::int64_t i = 0; i < batch; ++i) {
       const std::int64_t label = labels[i];
       if (label < 0 || label >= bank_rows || label % workers != worker) continue;
@@ -60,12 +60,7 @@ void memory_update(Real* bank, const Real* features, const std::int64_t* labels,
       const Real norm = std::sqrt(blend(row, features + i * width, momentum[i], width));
       if (normalize && norm > Real(0)) scale(row, Real(1) / norm, width);
     }
-  };
-
-  std::vector<std::thread> others;
-  for (std::int64_t worker = 1; worker < workers; ++worker) others.emplace_back(work, worker);
-  work(0);
-  for (std::thread& other : others) other.join();
+  });
 }
 
 template void memory_update(float*, const float*, const std::int64_t*, const float*, std::int64_t, std::int64_t,

@@ -1,5 +1,6 @@
 """The native module, built from csrc/: addresses and sizes, nothing is checked here."""
 
+def isa() -> str: ...
 def memory_update_float32(
     bank: int,
     features: int,
