@@ -5,6 +5,7 @@
 
 #include "isa.h"
 #include "memory_update_.h"
+#include "sinkhorn.h"
 
 namespace py = pybind11;
 
@@ -20,6 +21,16 @@ void memory_update_(Address bank, Address features, Address labels, Address mome
                         bank_rows, batch, width, normalize, threads);
 }
 
+template <typename Real>
+void sinkhorn(Address cost, Address log_a, Address log_b, std::int64_t problems, std::int64_t rows,
+              std::int64_t columns, double reg, double relax, std::int64_t max_iter, double tol, Address log_u,
+              Address log_v, Address iterations, Address error, int threads) {
+  engine::sinkhorn(reinterpret_cast<const Real*>(cost), reinterpret_cast<const Real*>(log_a),
+                   reinterpret_cast<const Real*>(log_b), problems, rows, columns, {reg, relax, max_iter, tol},
+                   reinterpret_cast<Real*>(log_u), reinterpret_cast<Real*>(log_v),
+                   reinterpret_cast<std::int64_t*>(iterations), reinterpret_cast<Real*>(error), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -28,4 +39,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", [] { return engine::name(engine::isa()); });
   module.def("memory_update_float32", &memory_update_<float>, release);
   module.def("memory_update_float64", &memory_update_<double>, release);
+  module.def("sinkhorn_float32", &sinkhorn<float>, release);
+  module.def("sinkhorn_float64", &sinkhorn<double>, release);
 }

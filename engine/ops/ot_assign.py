@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.ops import _check
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, no_autocast
-from engine.ops.sinkhorn import argmax, check_settings, check_weight, log_weight, scale, solve
+from engine.ops.sinkhorn import argmax, check_settings, check_weight, log_weight, scale, solve, solve_native
 
 COST_BYTES = 1 << 29
 """Costs above this size are not kept but computed anew at every iteration, in blocks of a sixteenth of it."""
@@ -68,26 +68,54 @@ def reference(
     tol: float = 1e-3,
 ) -> Tensor:
     """`sinkhorn.solve` on the cost, kept whole or made in blocks of rows."""
-    dtype = accumulation_dtype(features, prototypes)
-    centres = prototypes.to(dtype)
-    squared = centres.square().sum(dim=1)
-
-    def cost(rows: Tensor) -> Tensor:
-        # Without ||f_i||^2, which is the same for a whole row: the row step absorbs it.
-        with no_autocast(rows.device):
-            return scale(torch.addmm(squared, rows.to(dtype), centres.T, alpha=-2), reg)
-
-    row_bytes = max(1, len(centres) * dtype.itemsize)
-    if row_bytes * len(features) <= COST_BYTES:
-        whole = cost(features)
+    centres = prototypes.to(accumulation_dtype(features, prototypes))
+    if _fits(features, centres):
+        whole = scale(_cost(features, centres), reg)
 
         def costs() -> Iterable[Tensor]:
             return (whole,)
     else:
 
         def costs() -> Iterable[Tensor]:
-            return map(cost, features.split(max(1, COST_BYTES // 16 // row_bytes)))
+            return (scale(_cost(rows, centres), reg) for rows in features.split(_block_rows(centres)))
 
-    log_a, log_b = log_weight(a, features.shape[:1], squared), log_weight(b, prototypes.shape[:1], squared)
+    log_a, log_b = log_weight(a, features.shape[:1], centres), log_weight(b, prototypes.shape[:1], centres)
     log_v = solve(costs, log_a, log_b, reg, relax, max_iter, tol)[1]
     return torch.cat([argmax(log_v - block) for block in costs()])
+
+
+def cpu(
+    features: Tensor,
+    prototypes: Tensor,
+    reg: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    relax: float | None = None,
+    max_iter: int = 500,
+    tol: float = 1e-3,
+) -> Tensor:
+    """`sinkhorn.solve_native` on the cost. One that is not kept goes to the reference: its time is that of the products."""
+    centres = prototypes.to(accumulation_dtype(features, prototypes))
+    if not _fits(features, centres):
+        return reference(features, prototypes, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol)
+    cost = _cost(features, centres)
+    log_a, log_b = log_weight(a, features.shape[:1], cost), log_weight(b, prototypes.shape[:1], cost)
+    log_v = solve_native(cost, log_a, log_b, reg, relax, max_iter, tol)[1]
+    return torch.cat([argmax(log_v - scale(block, reg)) for block in cost.split(_block_rows(centres))])
+
+
+def _cost(features: Tensor, centres: Tensor) -> Tensor:
+    """`||f_i - m_j||^2` without `||f_i||^2`, which is the same for a whole row: the row step absorbs it."""
+    with no_autocast(features.device):
+        return torch.addmm(centres.square().sum(dim=1), features.to(centres.dtype), centres.T, alpha=-2)
+
+
+def _fits(features: Tensor, centres: Tensor) -> bool:
+    """Whether the cost is kept."""
+    return len(features) * len(centres) * centres.dtype.itemsize <= COST_BYTES
+
+
+def _block_rows(centres: Tensor) -> int:
+    """Rows of the cost in a block."""
+    return max(1, COST_BYTES // 16 // max(1, len(centres) * centres.dtype.itemsize))

@@ -135,6 +135,61 @@ def reference(
     return Sinkhorn(log_u, log_v, iterations, error, cost, reg, log_a)
 
 
+def cpu(
+    cost: Tensor,
+    reg: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    relax: float | None = None,
+    max_iter: int = 500,
+    tol: float = 1e-3,
+) -> Sinkhorn:
+    """`solve_native` on the whole matrix."""
+    matrix = cost.to(accumulation_dtype(cost))
+    log_a = log_weight(a, cost.shape[:-1], matrix)
+    log_b = log_weight(b, cost.shape[:-2] + cost.shape[-1:], matrix)
+    log_u, log_v, iterations, error = solve_native(matrix, log_a, log_b, reg, relax, max_iter, tol)
+    return Sinkhorn(log_u, log_v, iterations, error, cost, reg, log_a)
+
+
+def solve_native(
+    cost: Tensor, log_a: Tensor, log_b: Tensor, reg: float, relax: float | None, max_iter: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """csrc/sinkhorn.cpp: an iteration reads the cost once, threads over blocks of rows or over problems.
+
+    Args:
+        cost: `[..., N, C]` float32 or float64, kept as it is; log_a, log_b: as in `solve`.
+
+    Returns:
+        As `solve`.
+    """
+    from engine import _C
+
+    cost, log_a, log_b = cost.contiguous(), log_a.contiguous(), log_b.contiguous()
+    log_u, log_v = torch.empty_like(log_a), torch.empty_like(log_b)
+    iterations, error = log_v.new_empty(cost.shape[:-2], dtype=torch.int64), log_v.new_empty(cost.shape[:-2])
+    run = _C.sinkhorn_float64 if cost.dtype == torch.float64 else _C.sinkhorn_float32
+    run(
+        cost.data_ptr(),
+        log_a.data_ptr(),
+        log_b.data_ptr(),
+        iterations.numel(),
+        cost.shape[-2],
+        cost.shape[-1],
+        reg,
+        relax or 0.0,
+        max_iter,
+        tol,
+        log_u.data_ptr(),
+        log_v.data_ptr(),
+        iterations.data_ptr(),
+        error.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return log_u, log_v, iterations, error
+
+
 def solve(
     blocks: Callable[[], Iterable[Tensor]],
     log_a: Tensor,

@@ -8,6 +8,12 @@ from engine import ops
 from engine.ops.ot_assign import reference
 
 
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def backend(request):
+    with ops.use_backend(request.param):
+        yield request.param
+
+
 def squared_distance(features, prototypes):
     return (features[:, None] - prototypes[None]).square().sum(2)
 

@@ -3,11 +3,29 @@ from __future__ import annotations
 import pytest
 import torch
 from graph_checks import fixture, same_bits_for_any_thread_count
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import ops
 from engine.ops.sinkhorn import reference
+
+BACKENDS = ("cpu", "reference")
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    with ops.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    _C = pytest.importorskip("engine._C")
+    monkeypatch.setenv("ENGINE_ISA", request.param)
+    try:
+        return _C.isa()
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def random_cost(*shape, seed=0, dtype=torch.float64):
@@ -104,7 +122,8 @@ def test_a_batch_and_a_list_are_solved_like_single_problems():
         assert together.iterations[index] == alone.iterations
 
 
-def test_looking_at_the_error_rarely_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+def test_looking_at_the_error_rarely_changes_nothing(backend, monkeypatch):
     costs = torch.stack([random_cost(12, 5, seed=seed) * scale for seed, scale in ((0, 0.1), (1, 3.0))])
     expected = ops.sinkhorn(costs, 0.1)
     monkeypatch.setitem(reference.__globals__, "_look_every", lambda device: 64)
@@ -113,6 +132,7 @@ def test_looking_at_the_error_rarely_changes_nothing(monkeypatch):
         assert torch.equal(getattr(result, name), getattr(expected, name))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(0, 5),
@@ -124,7 +144,7 @@ def test_looking_at_the_error_rarely_changes_nothing(monkeypatch):
     spoil=st.sampled_from(["nothing", "a column without weight", "a row without weight", "a forbidden row and column"]),
     seed=st.integers(0, 1000),
 )
-def test_never_nan(rows, columns, scale, reg, relax, dtype, spoil, seed):
+def test_never_nan(name, rows, columns, scale, reg, relax, dtype, spoil, seed):
     cost = (random_cost(rows, columns, seed=seed) * scale).to(dtype)
     a, b = torch.full((rows,), 1 / max(rows, 1)), torch.full((columns,), 1 / max(columns, 1))
     if spoil == "a column without weight":
@@ -134,7 +154,8 @@ def test_never_nan(rows, columns, scale, reg, relax, dtype, spoil, seed):
     elif spoil == "a forbidden row and column":
         cost[:1] = torch.inf
         cost[:, :1] = torch.inf
-    result = ops.sinkhorn(cost, reg, a=a, b=b, relax=relax, max_iter=30)
+    with ops.use_backend(name):
+        result = ops.sinkhorn(cost, reg, a=a, b=b, relax=relax, max_iter=30)
     plan = result.plan()
     assert plan.shape == (rows, columns) and result.labels().shape == result.confidence().shape == (rows,)
     for tensor in (plan, result.log_u, result.log_v, result.error, result.confidence()):
@@ -175,6 +196,74 @@ def test_reads_any_layout_and_any_thread_count():
     def run():
         result = ops.sinkhorn(cost.contiguous(), 0.1)
         return result.log_u, result.log_v, result.error, result.plan()
+
+    same_bits_for_any_thread_count(run)
+
+
+def worst(result, exact):
+    """Largest differences of the potentials, where both are finite; that they are finite in the same places."""
+    differences = []
+    for name in ("log_u", "log_v"):
+        given, wanted = getattr(result, name).double(), getattr(exact, name)
+        assert torch.equal(given.isfinite(), wanted.isfinite())
+        difference = (given - wanted)[wanted.isfinite()].abs()
+        differences.append(float(difference.max()) if difference.numel() else 0.0)
+    return max(differences)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # isa
+@given(
+    rows=st.sampled_from([1, 2, 63, 64, 65, 200]),
+    columns=st.sampled_from([1, 3, 15, 16, 17, 100]),
+    spread=st.sampled_from([0.0, 1.0, 30.0, 1e3, 1e5]),
+    shift=st.sampled_from([0.0, 1e3]),
+    relax=st.sampled_from([None, 0.3]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    spoil=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_native_stays_in_the_error_budget(backend, isa, rows, columns, spread, shift, relax, dtype, spoil, seed):
+    cost = (random_cost(rows, columns, seed=seed) * spread + shift).to(dtype)
+    a, b = random_weights(rows, seed + 1), random_weights(columns, seed + 2)
+    if spoil:
+        cost[seed % rows, seed % columns] = torch.inf
+        a[seed % rows], b[seed % columns] = 1e-30, 0
+    options = {"a": a, "b": b, "relax": relax, "max_iter": 12, "tol": 0}
+    with ops.use_backend("reference"):
+        exact = ops.sinkhorn(cost.double(), 0.7, **options)
+        plain = ops.sinkhorn(cost, 0.7, **options)
+    native = ops.sinkhorn(cost, 0.7, **options)
+    scaled = cost.double() / 0.7
+    magnitude = 1 + max(float(x.nan_to_num(0, 0, 0).abs().max()) for x in (scaled, exact.log_u, exact.log_v))
+    floor = 16 * torch.finfo(native.log_u.dtype).eps * magnitude
+    assert worst(native, exact) <= 2 * worst(plain, exact) + floor
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_columns_too_far_for_the_plan_keep_their_potential(backend, dtype):
+    cost = random_cost(70, 40, seed=1, dtype=dtype)
+    cost[:, 5:] += 2000  # at first nothing that a float can hold arrives there
+    cost[:, 20] = torch.inf
+    with ops.use_backend("reference"):
+        exact = ops.sinkhorn(cost.double(), 1.0, relax=3.0, max_iter=2, tol=0)
+    native = ops.sinkhorn(cost, 1.0, relax=3.0, max_iter=2, tol=0)
+    assert native.log_v[20] == -torch.inf
+    finite = torch.arange(40) != 20
+    torch.testing.assert_close(native.log_v[finite].double(), exact.log_v[finite], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(native.log_u.double(), exact.log_u, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_thread_count_does_not_show_in_large_problems_and_batches(backend):
+    one = random_cost(1000, 333, seed=3, dtype=torch.float32) * 9  # enough work for three threads
+    far = one + 200 * (torch.arange(333) > 100)  # with columns summed anew
+    many = random_cost(5, 30, 20, seed=4)
+
+    def run():
+        results = [ops.sinkhorn(cost, 0.2, max_iter=6, tol=0) for cost in (one, far, many)]
+        return [getattr(result, name) for result in results for name in ("log_u", "log_v", "error", "iterations")]
 
     same_bits_for_any_thread_count(run)
 
