@@ -6,6 +6,7 @@
 #include "isa.h"
 #include "memory_update_.h"
 #include "sinkhorn.h"
+#include "topk.h"
 
 namespace py = pybind11;
 
@@ -31,6 +32,14 @@ void sinkhorn(Address cost, Address log_a, Address log_b, std::int64_t problems,
                    reinterpret_cast<std::int64_t*>(iterations), reinterpret_cast<Real*>(error), threads);
 }
 
+template <typename Real>
+void topk(Address queries, Address bank, std::int64_t query_count, std::int64_t bank_count, std::int64_t width,
+          std::int64_t k, bool exclude_self, Address values, Address indices, int threads) {
+  engine::topk(reinterpret_cast<const Real*>(queries), reinterpret_cast<const Real*>(bank), query_count, bank_count,
+               width, k, exclude_self, reinterpret_cast<Real*>(values), reinterpret_cast<std::int64_t*>(indices),
+               threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -41,4 +50,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("memory_update_float64", &memory_update_<double>, release);
   module.def("sinkhorn_float32", &sinkhorn<float>, release);
   module.def("sinkhorn_float64", &sinkhorn<double>, release);
+  module.def("topk_float32", &topk<float>, release);
+  module.def("topk_float64", &topk<double>, release);
 }

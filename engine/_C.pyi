@@ -57,3 +57,27 @@ def sinkhorn_float64(
     error: int,
     threads: int,
 ) -> None: ...
+def topk_float32(
+    queries: int,
+    bank: int,
+    query_count: int,
+    bank_count: int,
+    width: int,
+    k: int,
+    exclude_self: bool,
+    values: int,
+    indices: int,
+    threads: int,
+) -> None: ...
+def topk_float64(
+    queries: int,
+    bank: int,
+    query_count: int,
+    bank_count: int,
+    width: int,
+    k: int,
+    exclude_self: bool,
+    values: int,
+    indices: int,
+    threads: int,
+) -> None: ...

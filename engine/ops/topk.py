@@ -63,6 +63,31 @@ def reference(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = Fal
     return values, indices
 
 
+def cpu(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+    """csrc/topk.cpp: products in blocks that stay in cache, each used for both of its rows where queries is bank."""
+    from engine import _C
+
+    dtype = accumulation_dtype(queries, bank)
+    rows = queries.to(dtype).contiguous()
+    others = rows if queries is bank else bank.to(dtype).contiguous()
+    values = rows.new_empty(rows.shape[0], k)
+    indices = torch.empty_like(values, dtype=torch.int64)
+    search = _C.topk_float64 if dtype == torch.float64 else _C.topk_float32
+    search(
+        rows.data_ptr(),
+        others.data_ptr(),
+        rows.shape[0],
+        others.shape[0],
+        rows.shape[1],
+        k,
+        exclude_self,
+        values.data_ptr(),
+        indices.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return values.to(torch.promote_types(queries.dtype, bank.dtype)), indices
+
+
 def _largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest entries of each row, ordered by (value descending, index ascending)."""
     values, indices = similarity.topk(k, dim=1)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 TOOLS = {"backends", "use_backend"}
 RESULT_TYPES = {"Ranking", "Sinkhorn"}
 OPERATORS = sorted(set(ops.__all__) - TOOLS - RESULT_TYPES)
-COMMON_SOURCES = {"bindings.cpp", "isa.cpp", "isa.h", "parallel.h", "vectors.h"}
+COMMON_SOURCES = {"bindings.cpp", "isa.cpp", "isa.h", "matmul.cpp", "matmul.h", "parallel.h", "vectors.h"}
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -7,9 +7,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine import ops
+from engine import _C, ops
 from engine.ops import topk as topk_of
+from engine.ops import use_backend
 from engine.ops.topk import reference
+
+BACKENDS = ("cpu", "reference")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    monkeypatch.setenv("ENGINE_ISA", request.param)
+    try:
+        return _C.isa()
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def random_rows(count: int, width: int, seed: int) -> Tensor:
@@ -24,6 +42,12 @@ def sorted_whole(queries: Tensor, bank: Tensor, k: int, exclude_self: bool = Fal
     return values[:, :k], indices[:, :k]
 
 
+def integer_rows(count: int, width: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Small integers: their products are exact, and many tie."""
+    return torch.randint(-2, 3, (count, width), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=60, deadline=None)
 @given(
     query_count=st.integers(0, 7),
@@ -32,11 +56,12 @@ def sorted_whole(queries: Tensor, bank: Tensor, k: int, exclude_self: bool = Fal
     exclude_self=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_orders_by_similarity_then_index_and_pads(query_count, bank_count, k, exclude_self, seed):
+def test_orders_by_similarity_then_index_and_pads(name, query_count, bank_count, k, exclude_self, seed):
     generator = torch.Generator().manual_seed(seed)
     bank = torch.randint(-1, 2, (bank_count, 3), generator=generator).float()  # small integers: exact, many ties
     queries = bank if exclude_self else torch.randint(-1, 2, (query_count, 3), generator=generator).float()
-    values, indices = topk_of(queries, bank, k, exclude_self=exclude_self)
+    with use_backend(name):
+        values, indices = topk_of(queries, bank, k, exclude_self=exclude_self)
     found = max(0, min(k, bank_count - exclude_self))
     expected_values, expected_indices = sorted_whole(queries, bank, found, exclude_self)
     assert torch.equal(values[:, :found], expected_values)
@@ -48,13 +73,91 @@ def test_orders_by_similarity_then_index_and_pads(query_count, bank_count, k, ex
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_blocks_of_queries_change_nothing(exclude_self, monkeypatch):
     rows = torch.randint(-2, 3, (101, 5), generator=torch.Generator().manual_seed(0)).float()
-    expected = topk_of(rows, rows, 7, exclude_self=exclude_self)
+    expected = reference(rows, rows, 7, exclude_self=exclude_self)
     monkeypatch.setitem(reference.__globals__, "BLOCK_ENTRIES", 1000)  # the operator hides its module's name
-    assert all(map(torch.equal, topk_of(rows, rows, 7, exclude_self=exclude_self), expected))
+    assert all(map(torch.equal, reference(rows, rows, 7, exclude_self=exclude_self), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("query_count", "bank_count", "width", "k"),
+    [(1, 1, 1, 1), (97, 481, 7, 1), (500, 1100, 259, 30), (3, 990, 16, 990), (2, 479, 3, 600)],
+)
+def test_native_paths_find_what_the_reference_finds(isa, query_count, bank_count, width, k, dtype):
+    queries, bank = integer_rows(query_count, width, 1, dtype), integer_rows(bank_count, width, 2, dtype)
+    with use_backend("cpu"):
+        assert all(map(torch.equal, topk_of(queries, bank, k), reference(queries, bank, k)))
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("count", [1, 95, 480, 1003])
+def test_native_self_search_finds_what_the_reference_finds(isa, count, exclude_self):
+    rows = integer_rows(count, 9, 1)
+    expected = reference(rows, rows, 13, exclude_self=exclude_self)
+    with use_backend("cpu"):
+        for bank in (rows, rows.clone()):
+            assert all(map(torch.equal, topk_of(rows, bank, 13, exclude_self=exclude_self), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_similarity_of_two_rows_depends_on_nothing_else(isa, dtype):
+    rows = torch.randn(1003, 700, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with use_backend("cpu"):
+        values, indices = topk_of(rows, rows, 20)
+        for part in (rows.clone(), rows[17:400], rows[1000:]):  # without symmetry, and in other blocks
+            first = 0 if len(part) == len(rows) else int((rows == part[0]).all(1).nonzero())
+            here = slice(first, first + len(part))
+            assert all(map(torch.equal, topk_of(part, rows, 20), (values[here], indices[here])))
+
+
+def test_thread_count_does_not_show():
+    rows = random_rows(2500, 33, 1)
+    thread_count = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results += [topk_of(rows, rows, 30), topk_of(rows, rows.clone(), 30)]
+    finally:
+        torch.set_num_threads(thread_count)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+def test_native_stays_in_the_error_budget(isa):
+    queries, bank = random_rows(130, 1031, 1), random_rows(501, 1031, 2)
+    exact = queries.double() @ bank.double().T
+
+    def error(name: str) -> Tensor:
+        with use_backend(name):
+            values, indices = topk_of(queries, bank, 30)
+        return (values - exact.gather(1, indices)).abs().max()
+
+    assert error("cpu") <= 2 * error("reference") + 1e-8
+
+
+@pytest.mark.parametrize("power", [-60, 60])
+def test_scale_changes_nothing_but_the_scale(power, backend):
+    rows = random_rows(100, 40, 1)
+    values, indices = topk_of(rows, rows, 10)
+    scaled, same = topk_of(rows * 2.0**power, rows, 10)
+    assert torch.equal(scaled, values * 2.0**power) and torch.equal(same, indices)
+
+
+def test_equal_rows_are_taken_from_the_first(backend):
+    rows = torch.ones(700, 5)
+    assert torch.equal(topk_of(rows, rows, 40)[1], torch.arange(40).expand(700, 40))
+    assert topk_of(rows, rows, 2, exclude_self=True)[1][:3].tolist() == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_each_better_than_the_one_before(backend):
+    bank = torch.arange(5000.0)[:, None]
+    values, indices = topk_of(torch.ones(2, 1), bank, 3)
+    assert values[1].tolist() == [4999, 4998, 4997] and indices[0].tolist() == [4999, 4998, 4997]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_half_types_are_compared_in_float32(dtype):
+def test_half_types_are_compared_in_float32(dtype, backend):
     queries, bank = random_rows(33, 64, 1).to(dtype), random_rows(500, 64, 2).to(dtype)
     values, indices = topk_of(queries, bank, 10)
     exact = queries.double() @ bank.double().T
@@ -65,7 +168,7 @@ def test_half_types_are_compared_in_float32(dtype):
         assert torch.equal(topk_of(queries, bank, 10)[1], indices)
 
 
-def test_reads_any_layout_and_leaves_inputs_alone():
+def test_reads_any_layout_and_leaves_inputs_alone(backend):
     queries, bank = random_rows(9, 8, 1), random_rows(20, 8, 2)
     copies = queries.clone(), bank.clone()
     _, indices = topk_of(queries, bank, 3)

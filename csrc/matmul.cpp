@@ -1,0 +1,124 @@
+#include "matmul.h"
+
+#include <algorithm>
+
+namespace engine {
+namespace {
+
+constexpr std::int64_t kRows = BlockSize::kRows;
+constexpr std::int64_t kColumns = BlockSize::kColumns;
+constexpr std::int64_t kDepth = BlockSize::kDepth;
+
+constexpr std::int64_t round_up(std::int64_t count, std::int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+// NAME<Real, PANEL_ROWS>: PANEL_ROWS x 2 vectors of BYTES bytes stay in registers over the whole depth. A macro, as GCC
+// splits vectors into those of the enclosing function's target before it inlines: a shared inline body would be
+// compiled for the narrowest.
+#define ENGINE_DEFINE_TILE(NAME, TARGET, BYTES)                                                 \
+  template <typename Real, int kPanelRows>                                                      \
+  TARGET void NAME(const Real* left, const Real* right, std::int64_t depth, Real* block) {      \
+    typedef Real Vector __attribute__((vector_size(BYTES), aligned(alignof(Real)), may_alias)); \
+    constexpr std::int64_t kLanes = BYTES / sizeof(Real);                                       \
+    Vector sums[kPanelRows][2] = {};                                                            \
+    for (std::int64_t k = 0; k < depth; ++k, left += kPanelRows, right += 2 * kLanes) {         \
+      const Vector low = *reinterpret_cast<const Vector*>(right);                               \
+      const Vector high = *reinterpret_cast<const Vector*>(right + kLanes);                     \
+      _Pragma("GCC unroll 16") for (int row = 0; row < kPanelRows; ++row) {                     \
+        sums[row][0] += left[row] * low;                                                        \
+        sums[row][1] += left[row] * high;                                                       \
+      }                                                                                         \
+    }                                                                                           \
+    _Pragma("GCC unroll 16") for (int row = 0; row < kPanelRows; ++row) {                       \
+      *reinterpret_cast<Vector*>(block + row * kColumns) += sums[row][0];                       \
+      *reinterpret_cast<Vector*>(block + row * kColumns + kLanes) += sums[row][1];              \
+    }                                                                                           \
+  }
+
+// As many rows as leave registers for two vectors of the right panel and one broadcast entry of the left.
+ENGINE_DEFINE_TILE(tile_portable, , 16)
+constexpr int kPortableRows = 4;
+#ifdef ENGINE_X86
+ENGINE_DEFINE_TILE(tile_avx2, ENGINE_AVX2, 32)
+ENGINE_DEFINE_TILE(tile_avx512, ENGINE_AVX512, 64)
+constexpr int kAvx2Rows = 6;
+constexpr int kAvx512Rows = 12;
+static_assert(kRows % kAvx2Rows == 0 && kRows % kAvx512Rows == 0 && kColumns % 32 == 0);
+#endif
+static_assert(kRows % kPortableRows == 0 && kColumns % kRows == 0);
+
+// Panels of `panel` rows, each [depth, panel], with zeros in place of the rows that the last one lacks. A cache line of
+// every row at a time, so that the reads of several rows are under way at once.
+template <typename Real>
+void pack(const Real* rows, std::int64_t count, std::int64_t width, std::int64_t depth, std::int64_t panel,
+          Real* packed) {
+  constexpr std::int64_t kLine = 64 / sizeof(Real);
+  for (std::int64_t start = 0; start < count; start += panel, rows += panel * width, packed += panel * depth) {
+    const std::int64_t present = std::min(panel, count - start);
+    if (present < panel) std::fill_n(packed, panel * depth, Real(0));
+    for (std::int64_t line = 0; line < depth; line += kLine) {
+      const std::int64_t end = std::min(line + kLine, depth);
+      for (std::int64_t row = 0; row < present; ++row) {
+        for (std::int64_t k = line; k < end; ++k) packed[k * panel + row] = rows[row * width + k];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <typename Real>
+typename BlockProduct<Real>::Kernel BlockProduct<Real>::choose(Isa isa) {
+#ifdef ENGINE_X86
+  if (isa == Isa::avx512) return {kAvx512Rows, 2 * 64 / sizeof(Real), tile_avx512<Real, kAvx512Rows>};
+  if (isa == Isa::avx2) return {kAvx2Rows, 2 * 32 / sizeof(Real), tile_avx2<Real, kAvx2Rows>};
+#endif
+  return {kPortableRows, 2 * 16 / sizeof(Real), tile_portable<Real, kPortableRows>};
+}
+
+template <typename Real>
+std::vector<typename BlockProduct<Real>::CacheLine> BlockProduct<Real>::allocate(std::int64_t entries) {
+  return std::vector<CacheLine>(static_cast<std::size_t>(entries) * sizeof(Real) / sizeof(CacheLine) + 1);
+}
+
+template <typename Real>
+BlockProduct<Real>::BlockProduct(Isa isa, std::int64_t width)
+    : kernel_(choose(isa)),
+      width_(width),
+      right_(allocate(kColumns * width)),
+      left_(allocate(kRows * std::min(kDepth, width))),
+      block_(allocate(kRows * kColumns)) {}
+
+template <typename Real>
+void BlockProduct<Real>::set_right(const Real* rows, std::int64_t count) {
+  right_count_ = round_up(count, kernel_.panel_columns);
+  for (std::int64_t k = 0; k < width_; k += kDepth) {
+    Real* packed = right_.data()->entries + k * right_count_;
+    pack(rows + k, count, width_, std::min(kDepth, width_ - k), kernel_.panel_columns, packed);
+  }
+}
+
+template <typename Real>
+const Real* BlockProduct<Real>::multiply(const Real* rows, std::int64_t count, std::int64_t first_column) {
+  const std::int64_t panel_rows = kernel_.panel_rows, panel_columns = kernel_.panel_columns;
+  Real* block = block_.data()->entries;
+  Real* left = left_.data()->entries;
+  std::fill_n(block, round_up(count, panel_rows) * kColumns, Real(0));
+  for (std::int64_t k = 0; k < width_; k += kDepth) {
+    const std::int64_t depth = std::min(kDepth, width_ - k);
+    const Real* right = right_.data()->entries + k * right_count_;
+    pack(rows + k, count, width_, depth, panel_rows, left);
+    for (std::int64_t j = first_column / panel_columns * panel_columns; j < right_count_; j += panel_columns) {
+      for (std::int64_t i = 0; i < count; i += panel_rows) {
+        kernel_.tile(left + i * depth, right + j * depth, depth, block + i * kColumns + j);
+      }
+    }
+  }
+  return block;
+}
+
+template class BlockProduct<float>;
+template class BlockProduct<double>;
+
+}  // namespace engine
