@@ -1,9 +1,11 @@
-// engine._C: raw addresses and sizes in, nothing out. All checks are made in Python, by engine/ops.
+// engine._C: raw addresses and sizes in; results go where addresses say. All checks are made in Python, by engine/ops.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
+#include "dbscan.h"
 #include "isa.h"
+#include "jaccard.h"
 #include "memory_update_.h"
 #include "sinkhorn.h"
 #include "topk.h"
@@ -13,6 +15,36 @@ namespace py = pybind11;
 namespace {
 
 using Address = std::uintptr_t;
+
+template <typename Real>
+void dbscan(Address starts, Address columns, Address values, Address labels, std::int64_t count, double eps,
+            std::int64_t min_samples, int threads) {
+  engine::dbscan(reinterpret_cast<const std::int64_t*>(starts), reinterpret_cast<const std::int64_t*>(columns),
+                 reinterpret_cast<const Real*>(values), reinterpret_cast<std::int64_t*>(labels), count, eps,
+                 min_samples, threads);
+}
+
+// A class, as only the result tells how much room it needs.
+template <typename Real>
+void bind_jaccard(py::module_& module, const char* name) {
+  using Jaccard = engine::Jaccard<Real>;
+  const py::call_guard<py::gil_scoped_release> release;
+  py::class_<Jaccard>(module, name)
+      .def(py::init([](Address features, Address neighbors, std::int64_t count, std::int64_t width, std::int64_t k1,
+                       std::int64_t half, std::int64_t k2, int threads) {
+             return Jaccard(reinterpret_cast<const Real*>(features), reinterpret_cast<const std::int64_t*>(neighbors),
+                            count, width, k1, half, k2, threads);
+           }),
+           release)
+      .def("entry_count", &Jaccard::entry_count)
+      .def(
+          "write",
+          [](const Jaccard& distances, Address starts, Address columns, Address values, int threads) {
+            distances.write(reinterpret_cast<std::int64_t*>(starts), reinterpret_cast<std::int64_t*>(columns),
+                            reinterpret_cast<Real*>(values), threads);
+          },
+          release);
+}
 
 template <typename Real>
 void memory_update_(Address bank, Address features, Address labels, Address momentum, std::int64_t bank_rows,
@@ -45,7 +77,11 @@ void topk(Address queries, Address bank, std::int64_t query_count, std::int64_t 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ back ends of engine.ops";
   const py::call_guard<py::gil_scoped_release> release;
+  module.def("dbscan_float32", &dbscan<float>, release);
+  module.def("dbscan_float64", &dbscan<double>, release);
   module.def("isa", [] { return engine::name(engine::isa()); });
+  bind_jaccard<float>(module, "jaccard_float32");
+  bind_jaccard<double>(module, "jaccard_float64");
   module.def("memory_update_float32", &memory_update_<float>, release);
   module.def("memory_update_float64", &memory_update_<double>, release);
   module.def("sinkhorn_float32", &sinkhorn<float>, release);

@@ -11,7 +11,12 @@ from torch import Tensor
 def build(row_counts: Tensor, columns: Tensor, values: Tensor, column_count: int) -> Tensor:
     """The CSR matrix whose row i holds the next `row_counts[i]` of `columns` (ascending in a row) and `values`."""
     starts = torch.cat([row_counts.new_zeros(1), row_counts.cumsum(0)])
-    size = (len(row_counts), column_count)
+    return from_starts(starts, columns, values, column_count)
+
+
+def from_starts(starts: Tensor, columns: Tensor, values: Tensor, column_count: int) -> Tensor:
+    """The CSR matrix whose row i holds the entries from `starts[i]` to `starts[i + 1]`."""
+    size = (len(starts) - 1, column_count)
     with warnings.catch_warnings():
         # torch announces the beta state of CSR tensors at the first one: nothing a user of an operator can act on.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")

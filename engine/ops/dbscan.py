@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.ops import _check, _csr
 from engine.ops._backend import pick
+from engine.ops._precision import accumulation_dtype
 
 
 @torch.no_grad()
@@ -50,6 +51,30 @@ def reference(distance: Tensor, eps: float, min_samples: int = 4) -> Tensor:
     cluster = (is_first.cumsum(0) - 1)[root].masked_fill(~is_core, count)
     cluster = cluster.scatter_reduce(0, column[~to_core], cluster[row[~to_core]], "amin")
     return cluster.masked_fill(cluster == count, -1)
+
+
+def cpu(distance: Tensor, eps: float, min_samples: int = 4) -> Tensor:
+    """csrc/dbscan.cpp: threads look for neighbours, one unites the cores."""
+    from engine import _C
+
+    dtype = accumulation_dtype(distance)
+    run = _C.dbscan_float64 if dtype == torch.float64 else _C.dbscan_float32
+    starts, columns = distance.crow_indices().contiguous(), distance.col_indices().contiguous()
+    values = distance.values()
+    radius = torch.tensor(eps, dtype=values.dtype).item()  # as torch and numpy compare with a number
+    values = values.to(dtype).contiguous()
+    labels = torch.empty(distance.shape[0], dtype=torch.int64)
+    run(
+        starts.data_ptr(),
+        columns.data_ptr(),
+        values.data_ptr(),
+        labels.data_ptr(),
+        distance.shape[0],
+        radius,
+        min_samples,
+        torch.get_num_threads(),
+    )
+    return labels
 
 
 def _components(row: Tensor, column: Tensor, count: int) -> Tensor:

@@ -64,9 +64,41 @@ def reference(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
         nothing = torch.empty(0, dtype=torch.int64, device=features.device)
         return _csr.build(nothing, nothing, features.new_empty(0, dtype=dtype), 0)
     rank = _nearest(features, min(k1, features.shape[0]))
-    members = _expanded(_reciprocal(rank), _reciprocal(rank[:, : round(k1 / 2) + 1]), len(rank))
+    members = _expanded(_reciprocal(rank), _reciprocal(rank[:, : _half(k1)]), len(rank))
     weights = _query_expansion(_weights(features, members), rank[:, :k2])
     return _distance(weights, full=rank[:, :k2].shape[1] * ONE, dtype=dtype)
+
+
+def cpu(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
+    """csrc/jaccard.cpp, after the search for neighbours."""
+    from engine import _C
+
+    dtype = accumulation_dtype(features)
+    run = _C.jaccard_float64 if dtype == torch.float64 else _C.jaccard_float32
+    rows = features.to(dtype).contiguous()
+    count, width = rows.shape
+    rank = _nearest(features, min(k1, count)).contiguous()
+    found, threads = rank.shape[1], torch.get_num_threads()
+    distances = run(
+        rows.data_ptr(),
+        rank.data_ptr(),
+        count,
+        width,
+        found,
+        min(found, _half(k1)),
+        min(found, k2),
+        threads,
+    )
+    starts = torch.empty(count + 1, dtype=torch.int64)
+    columns = torch.empty(distances.entry_count(), dtype=torch.int64)
+    values = torch.empty(len(columns), dtype=dtype)
+    distances.write(starts.data_ptr(), columns.data_ptr(), values.data_ptr(), threads)
+    return _csr.from_starts(starts, columns, values, count)
+
+
+def _half(k1: int) -> int:
+    """Neighbours of the sets that expand others, the row itself included."""
+    return round(k1 / 2) + 1
 
 
 def _nearest(features: Tensor, k: int) -> Tensor:

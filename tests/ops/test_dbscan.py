@@ -11,6 +11,14 @@ from sklearn.cluster import DBSCAN
 
 from engine import ops
 
+BACKENDS = ("cpu", "reference")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with ops.use_backend(request.param):
+        yield request.param
+
 
 def random_distances(count, density, seed, diagonal=True):
     """A symmetric sparse matrix with distances on a grid, so that some equal eps."""
@@ -41,6 +49,7 @@ def by_sklearn(matrix, eps, min_samples):
     return DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit(matrix).labels_.tolist()
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=150, deadline=None)
 @given(
     count=st.integers(1, 40),
@@ -50,14 +59,15 @@ def by_sklearn(matrix, eps, min_samples):
     diagonal=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_labels_are_those_of_scikit_learn(count, density, eps, min_samples, diagonal, seed):
+def test_labels_are_those_of_scikit_learn(name, count, density, eps, min_samples, diagonal, seed):
     matrix = random_distances(count, density, seed, diagonal)
-    labels = ops.dbscan(as_torch(matrix), eps, min_samples)
+    with ops.use_backend(name):
+        labels = ops.dbscan(as_torch(matrix), eps, min_samples)
     assert labels.dtype == torch.int64
     assert labels.tolist() == by_sklearn(matrix, eps, min_samples)
 
 
-def test_a_border_row_joins_the_first_of_its_clusters():
+def test_a_border_row_joins_the_first_of_its_clusters(backend):
     # Cores 1 and 5, each with two rows of its own, share the border row 0; row 8 is alone.
     edges = [(1, 2), (1, 3), (1, 0), (5, 6), (5, 7), (5, 0)]
     dense = torch.zeros(9, 9)
@@ -67,7 +77,7 @@ def test_a_border_row_joins_the_first_of_its_clusters():
     assert labels.tolist() == [0, 0, 0, 0, -1, 1, 1, 1, -1]
 
 
-def test_a_long_chain_is_one_cluster():
+def test_a_long_chain_is_one_cluster(backend):
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(0)).numpy()
     ends = order[:-1], order[1:]
     rows, columns = np.concatenate(ends), np.concatenate(ends[::-1])
@@ -86,15 +96,40 @@ def test_agrees_with_scikit_learn_on_jaccard_distances():
         assert max(labels) > 0
 
 
-def test_nothing_stored_is_noise_or_a_cluster_of_its_own():
+def test_nothing_stored_is_noise_or_a_cluster_of_its_own(backend):
     nothing = torch.zeros(3, 3).to_sparse_csr()
     assert ops.dbscan(nothing, 0.5, 2).tolist() == [-1, -1, -1]
     assert ops.dbscan(nothing, 0.5, 1).tolist() == [0, 1, 2]
 
 
-def test_any_thread_count_gives_the_same_labels():
-    distance = as_torch(random_distances(700, 0.02, 5), torch.float32)
+def test_any_thread_count_gives_the_same_labels(backend):
+    distance = as_torch(random_distances(2500, 0.003, 5), torch.float32)
     same_bits_for_any_thread_count(lambda: [ops.dbscan(distance, 0.4, 4)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_eps_is_compared_in_the_dtype_of_the_distances(backend, dtype):
+    for eps in (0.1, 0.3, 0.6):
+        distance = torch.tensor([[0, eps], [eps, 0]], dtype=dtype).to_sparse_csr()
+        assert ops.dbscan(distance, eps, 2).tolist() == [0, 0]
+        assert ops.dbscan(distance, eps * 0.98, 2).tolist() == [-1, -1]
+
+
+def test_what_is_no_column_and_no_number_is_no_neighbour():
+    bounds, columns = torch.tensor([0, 3, 5, 7]), torch.tensor([-1, 1, 2**40, 0, 2, 1, 3])
+    values = torch.tensor([0.1, 0.1, 0.1, 0.1, torch.nan, torch.nan, 0.1])
+    distance = torch.sparse_csr_tensor(bounds, columns, values, (3, 3), check_invariants=False)
+    with ops.use_backend("cpu"):
+        assert ops.dbscan(distance, 0.5, 2).tolist() == [0, 0, -1]
+
+
+def test_native_gives_the_labels_of_the_reference():
+    for seed, density in enumerate((0.0005, 0.002, 0.01)):
+        distance = as_torch(random_distances(3000, density, seed))  # in three blocks of rows
+        with ops.use_backend("reference"):
+            expected = ops.dbscan(distance, 0.5, 4)
+        with ops.use_backend("cpu"):
+            assert torch.equal(ops.dbscan(distance, 0.5, 4), expected)
 
 
 def test_wrong_arguments_are_named():

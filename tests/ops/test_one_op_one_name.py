@@ -14,7 +14,18 @@ ROOT = Path(__file__).parents[2]
 TOOLS = {"backends", "use_backend"}
 RESULT_TYPES = {"Ranking", "Sinkhorn"}
 OPERATORS = sorted(set(ops.__all__) - TOOLS - RESULT_TYPES)
-COMMON_SOURCES = {"bindings.cpp", "isa.cpp", "isa.h", "matmul.cpp", "matmul.h", "parallel.h", "vectors.h"}
+COMMON_SOURCES = {
+    "bindings.cpp",
+    "components.h",
+    "host_device.h",
+    "isa.cpp",
+    "isa.h",
+    "matmul.cpp",
+    "matmul.h",
+    "neighbors.h",
+    "parallel.h",
+    "vectors.h",
+}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
