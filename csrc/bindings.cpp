@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "jaccard.h"
 #include "memory_update_.h"
+#include "rank.h"
 #include "sinkhorn.h"
 #include "topk.h"
 
@@ -55,6 +56,17 @@ void memory_update_(Address bank, Address features, Address labels, Address mome
 }
 
 template <typename Real>
+void rank(Address distance, Address query_ids, Address gallery_ids, Address query_cams, Address gallery_cams,
+          std::int64_t queries, std::int64_t gallery, int protocol, Address before, Address precision, Address penalty,
+          int threads) {
+  engine::rank(reinterpret_cast<const Real*>(distance), reinterpret_cast<const std::int64_t*>(query_ids),
+               reinterpret_cast<const std::int64_t*>(gallery_ids), reinterpret_cast<const std::int64_t*>(query_cams),
+               reinterpret_cast<const std::int64_t*>(gallery_cams), queries, gallery,
+               static_cast<engine::Protocol>(protocol), reinterpret_cast<std::int64_t*>(before),
+               reinterpret_cast<double*>(precision), reinterpret_cast<double*>(penalty), threads);
+}
+
+template <typename Real>
 void sinkhorn(Address cost, Address log_a, Address log_b, std::int64_t problems, std::int64_t rows,
               std::int64_t columns, double reg, double relax, std::int64_t max_iter, double tol, Address log_u,
               Address log_v, Address iterations, Address error, int threads) {
@@ -84,6 +96,8 @@ PYBIND11_MODULE(_C, module) {
   bind_jaccard<double>(module, "jaccard_float64");
   module.def("memory_update_float32", &memory_update_<float>, release);
   module.def("memory_update_float64", &memory_update_<double>, release);
+  module.def("rank_float32", &rank<float>, release);
+  module.def("rank_float64", &rank<double>, release);
   module.def("sinkhorn_float32", &sinkhorn<float>, release);
   module.def("sinkhorn_float64", &sinkhorn<double>, release);
   module.def("topk_float32", &topk<float>, release);

@@ -44,6 +44,34 @@ def memory_update_float64(
     normalize: bool,
     threads: int,
 ) -> None: ...
+def rank_float32(
+    distance: int,
+    query_ids: int,
+    gallery_ids: int,
+    query_cams: int,
+    gallery_cams: int,
+    queries: int,
+    gallery: int,
+    protocol: int,
+    before: int,
+    precision: int,
+    penalty: int,
+    threads: int,
+) -> None: ...
+def rank_float64(
+    distance: int,
+    query_ids: int,
+    gallery_ids: int,
+    query_cams: int,
+    gallery_cams: int,
+    queries: int,
+    gallery: int,
+    protocol: int,
+    before: int,
+    precision: int,
+    penalty: int,
+    threads: int,
+) -> None: ...
 def sinkhorn_float32(
     cost: int,
     log_a: int,

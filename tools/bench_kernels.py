@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -102,6 +104,46 @@ def torch_topk(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     chunks = [(chunk @ bank.T).topk(k, dim=1) for chunk in queries.split(512)]
     values, indices = zip(*chunks, strict=True)
     return torch.cat(values), torch.cat(indices)
+
+
+def torch_linear_sinkhorn(cost: Tensor, reg: float, iterations: int = 10) -> Tensor:
+    """What the field writes, where no entry of the kernel underflows."""
+    rows, columns = cost.shape
+    kernel = (-cost / reg).exp()
+    v = torch.full((columns,), 1 / columns, device=cost.device)
+    for _ in range(iterations - 1):
+        u = 1 / rows / (kernel @ v)
+        v = 1 / columns / (kernel.T @ u)
+    return v.log()
+
+
+def torch_log_sinkhorn(cost: Tensor, reg: float, iterations: int = 10) -> Tensor:
+    """The same in the log domain."""
+    rows, columns = cost.shape
+    scaled = -cost / reg
+    log_v = torch.full((columns,), -math.log(columns), device=cost.device)
+    for _ in range(iterations - 1):
+        log_u = -math.log(rows) - (scaled + log_v).logsumexp(1, keepdim=True)
+        log_v = -math.log(columns) - (scaled + log_u).logsumexp(0)
+    return log_v
+
+
+def python_rank(distance: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
+    """What the field writes: a sort of all distances, then one query after the other."""
+    order = np.argsort(distance.numpy(), axis=1)
+    matches = gallery_ids.numpy()[order] == query_ids.numpy()[:, None]
+    curves, precisions, penalties = [], [], []
+    for match in matches:
+        if not match.any():
+            continue
+        hits = match.cumsum()
+        curves.append((hits > 0)[:20])
+        places = np.flatnonzero(match) + 1
+        penalties.append(hits[-1] / places[-1])
+        precision = np.asarray([count / place for place, count in enumerate(hits, 1)])
+        precisions.append((precision * match).sum() / hits[-1])
+    scores = np.mean(precisions), np.mean(penalties)
+    return torch.from_numpy(np.concatenate([np.mean(curves, axis=0), scores]))
 
 
 def batch_size(quick: bool) -> tuple[int, int, int, int]:
@@ -228,6 +270,7 @@ def sinkhorn_cases(quick: bool, device: str) -> Iterator[Case]:
         f"{rows} x {clusters}, 10 iterations",
         lambda: (cost, 0.2),
         lambda cost, reg: ops.sinkhorn(cost, reg, max_iter=10, tol=0).log_v,
+        {"torch linear": torch_linear_sinkhorn, "torch log": torch_log_sinkhorn},
     )
 
 
@@ -238,14 +281,16 @@ def ot_assign_cases(quick: bool, device: str) -> Iterator[Case]:
 
 
 def rank_cases(quick: bool, device: str) -> Iterator[Case]:
-    queries, gallery = (200, 100) if quick else (3803, 301)
-    distance = torch.rand(queries, gallery, generator=torch.Generator().manual_seed(0)).to(device)
-    ids = integers(50, (queries + gallery,), device)
-    yield Case(
-        f"{queries} x {gallery}",
-        lambda: (distance, ids[:queries], ids[queries:]),
-        lambda *arguments: torch.as_tensor(ops.rank(*arguments).cmc),
-    )
+    def scores(*arguments: Tensor) -> Tensor:
+        result = ops.rank(*arguments)
+        return torch.cat([result.cmc, result.cmc.new_tensor([result.mAP, result.mINP])])
+
+    peers = {"field's Python": python_rank} if device == "cpu" else {}
+    for queries, gallery, identities in [(200, 100, 50)] if quick else [(3803, 301, 96), (2060, 2060, 206)]:
+        distance = torch.rand(queries, gallery, generator=torch.Generator().manual_seed(0)).to(device)
+        ids = integers(identities, (queries + gallery,), device)
+        inputs = (distance, ids[:queries], ids[queries:])
+        yield Case(f"{queries} x {gallery}", lambda inputs=inputs: inputs, scores, peers)
 
 
 def people(count: int, width: int, device: str) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._backend import pick
+from engine.ops._precision import accumulation_dtype
 
 PROTOCOLS = ("plain", "sysu", "llcm")
 BLOCK_ENTRIES = 1 << 21
@@ -108,6 +109,43 @@ def reference(
         ranked = None if identities is None else identities[order]
         scores.append(_score(same.gather(1, order), hidden.gather(1, order), ranked))
     return _average(scores, max_rank)
+
+
+def cpu(
+    distance: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cams: Tensor | None = None,
+    gallery_cams: Tensor | None = None,
+    *,
+    protocol: str = "plain",
+    max_rank: int = 20,
+) -> Ranking:
+    """csrc/rank.cpp: the place of a hit is how many images stand before it, so nothing is sorted."""
+    from engine import _C
+
+    distance = distance.to(accumulation_dtype(distance)).contiguous()
+    query_ids, gallery_ids = query_ids.contiguous(), gallery_ids.contiguous()
+    query_cams, gallery_cams = (None if cams is None else cams.contiguous() for cams in (query_cams, gallery_cams))
+    before = torch.empty(len(distance), dtype=torch.int64)
+    precision, penalty = (torch.empty(len(distance), dtype=torch.float64) for _ in range(2))
+    run = _C.rank_float64 if distance.dtype == torch.float64 else _C.rank_float32
+    run(
+        distance.data_ptr(),
+        query_ids.data_ptr(),
+        gallery_ids.data_ptr(),
+        0 if query_cams is None else query_cams.data_ptr(),
+        0 if gallery_cams is None else gallery_cams.data_ptr(),
+        distance.shape[0],
+        distance.shape[1],
+        PROTOCOLS.index(protocol),
+        before.data_ptr(),
+        precision.data_ptr(),
+        penalty.data_ptr(),
+        torch.get_num_threads(),
+    )
+    valid = before >= 0
+    return _average([(before[valid], precision[valid], penalty[valid])], max_rank)
 
 
 def _score(same: Tensor, hidden: Tensor, identities: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

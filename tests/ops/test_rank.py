@@ -9,6 +9,14 @@ from hypothesis import strategies as st
 from engine import ops
 from engine.ops.rank import reference
 
+BACKENDS = ("cpu", "reference")
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    with ops.use_backend(request.param):
+        yield request.param
+
 
 def query_by_query(distance, query_ids, gallery_ids, query_cams, gallery_cams, protocol, max_rank):
     """The protocols as data_and_evaluation describes them, one query at a time."""
@@ -43,6 +51,7 @@ def test_reproduces_the_evaluation_scripts(name, protocol):
     assert result.mINP == pytest.approx(float(arrays[f"{name}_mINP"]), abs=1e-12)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=120, deadline=None)
 @given(
     protocol=st.sampled_from(["plain", "sysu", "llcm"]),
@@ -51,7 +60,7 @@ def test_reproduces_the_evaluation_scripts(name, protocol):
     max_rank=st.integers(1, 15),
     seed=st.integers(0, 10_000),
 )
-def test_scores_are_those_of_single_queries(protocol, query_count, gallery_count, max_rank, seed):
+def test_scores_are_those_of_single_queries(name, protocol, query_count, gallery_count, max_rank, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high, *shape):
@@ -59,7 +68,8 @@ def test_scores_are_those_of_single_queries(protocol, query_count, gallery_count
 
     distance = draw(6, query_count, gallery_count).double()  # few values: many ties
     ids, cams = (draw(5, query_count), draw(5, gallery_count)), (draw(5, query_count), draw(5, gallery_count))
-    result = ops.rank(distance, *ids, *cams, protocol=protocol, max_rank=max_rank)
+    with ops.use_backend(name):
+        result = ops.rank(distance, *ids, *cams, protocol=protocol, max_rank=max_rank)
     cmc, precision, penalty, valid = query_by_query(distance, *ids, *cams, protocol, max_rank)
     assert result.valid_queries == valid
     torch.testing.assert_close(result.cmc, cmc, rtol=0, atol=1e-12)
@@ -81,8 +91,9 @@ def test_camera_3_never_sees_camera_2():
     assert from_6.cmc.tolist() == [1.0, 1.0] and from_6.mAP == pytest.approx((1 + 2 / 3) / 2)
 
 
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
 @pytest.mark.parametrize("protocol", ["plain", "sysu", "llcm"])
-def test_blocks_of_queries_change_nothing(protocol, monkeypatch):
+def test_blocks_of_queries_change_nothing(backend, protocol, monkeypatch):
     arrays = fixture("f1_eval")
     inputs = [arrays[key] for key in ("dist", "q_ids", "g_ids", "q_cams", "g_cams")]
     expected = ops.rank(*inputs, protocol=protocol)
@@ -110,6 +121,36 @@ def test_reads_any_layout_and_any_thread_count():
     same_bits_for_any_thread_count(run)
     expected = ops.rank(distance.contiguous(), *ids)
     assert ops.rank(distance, *ids).mAP == expected.mAP
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("protocol", ["plain", "sysu", "llcm"])
+@pytest.mark.parametrize("identity_count", [2, 40])  # hundreds of hits, and a few
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_native_scores_are_those_of_the_reference(backend, isa, protocol, identity_count, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(high, count):
+        return torch.randint(high, (count,), generator=generator)
+
+    distance = draw(50, 90 * 317).reshape(90, 317).to(dtype)  # few values: many ties
+    distance[0, 5:9] = torch.inf
+    ids = draw(identity_count, 90) - 2**62, draw(identity_count, 317) - 2**62
+    arguments = distance, *ids, 1 + draw(4, 90), 1 + draw(4, 317)
+    native = ops.rank(*arguments, protocol=protocol, max_rank=400)
+    with ops.use_backend("reference"):
+        expected = ops.rank(*arguments, protocol=protocol, max_rank=400)
+    assert native.valid_queries == expected.valid_queries
+    assert torch.equal(native.cmc, expected.cmc)
+    assert (native.mAP, native.mINP) == pytest.approx((expected.mAP, expected.mINP), abs=1e-12)
+
+
+def test_unknown_distances_stop_nothing():
+    ids = torch.zeros(100, dtype=torch.int64)
+    distance = torch.arange(1e4).reshape(100, 100)
+    distance[::2, ::3] = torch.nan
+    result = ops.rank(distance, ids, ids)
+    assert result.valid_queries == 100 and result.mAP == pytest.approx(1)
 
 
 def test_wrong_arguments_are_named(monkeypatch):

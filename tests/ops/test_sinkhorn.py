@@ -18,16 +18,6 @@ def backend(request):
         yield request.param
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    _C = pytest.importorskip("engine._C")
-    monkeypatch.setenv("ENGINE_ISA", request.param)
-    try:
-        return _C.isa()
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
 def random_cost(*shape, seed=0, dtype=torch.float64):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

@@ -1,0 +1,18 @@
+// Retrieval scores on the CPU. Semantics: engine/ops/rank.py.
+#pragma once
+
+#include <cstdint>
+
+namespace engine {
+
+enum class Protocol { plain, sysu, llcm };
+
+// distance [queries, gallery], ids and cameras by query and by gallery image; the cameras may be null for `plain`. Out,
+// per query: what stands before its first hit (images, or identities unless `plain`), -1 when it has none; its average
+// precision and inverse negative penalty. The result does not depend on `threads`.
+template <typename Real>
+void rank(const Real* distance, const std::int64_t* query_ids, const std::int64_t* gallery_ids,
+          const std::int64_t* query_cams, const std::int64_t* gallery_cams, std::int64_t queries, std::int64_t gallery,
+          Protocol protocol, std::int64_t* before, double* precision, double* penalty, int threads);
+
+}  // namespace engine

@@ -1,0 +1,16 @@
+"""Fixtures of the operator tests."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test of native code on every set of vector instructions that this processor has."""
+    native = pytest.importorskip("engine._C")
+    monkeypatch.setenv("ENGINE_ISA", request.param)
+    try:
+        return native.isa()
+    except ValueError as error:
+        pytest.skip(str(error))
