@@ -48,19 +48,37 @@ static_assert(kRows % kAvx2Rows == 0 && kRows % kAvx512Rows == 0 && kColumns % 3
 #endif
 static_assert(kRows % kPortableRows == 0 && kColumns % kRows == 0);
 
-// Panels of `panel` rows, each [depth, panel], with zeros in place of the rows that the last one lacks. A cache line of
-// every row at a time, so that the reads of several rows are under way at once.
+// packed[k * panel + row] = rows[row * width + k] for 4 x 4 entries, through registers.
+template <typename Real>
+void transpose_4x4(const Real* rows, std::int64_t width, std::int64_t panel, Real* packed) {
+  typedef Real Vector __attribute__((vector_size(4 * sizeof(Real)), aligned(alignof(Real)), may_alias));
+  const auto source = [=](std::int64_t row) { return reinterpret_cast<const Vector*>(rows + row * width); };
+  const Vector a = *source(0), b = *source(1), c = *source(2), d = *source(3);
+  const Vector ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Vector cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const auto target = [=](std::int64_t k) { return reinterpret_cast<Vector*>(packed + k * panel); };
+  *target(0) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  *target(1) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  *target(2) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  *target(3) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+// Panels of `panel` rows, each [depth, panel], with zeros in place of the rows that the last one lacks.
 template <typename Real>
 void pack(const Real* rows, std::int64_t count, std::int64_t width, std::int64_t depth, std::int64_t panel,
           Real* packed) {
-  constexpr std::int64_t kLine = 64 / sizeof(Real);
   for (std::int64_t start = 0; start < count; start += panel, rows += panel * width, packed += panel * depth) {
     const std::int64_t present = std::min(panel, count - start);
     if (present < panel) std::fill_n(packed, panel * depth, Real(0));
-    for (std::int64_t line = 0; line < depth; line += kLine) {
-      const std::int64_t end = std::min(line + kLine, depth);
-      for (std::int64_t row = 0; row < present; ++row) {
-        for (std::int64_t k = line; k < end; ++k) packed[k * panel + row] = rows[row * width + k];
+    const std::int64_t whole_rows = present / 4 * 4, whole_depth = depth / 4 * 4;
+    for (std::int64_t k = 0; k < whole_depth; k += 4) {
+      for (std::int64_t row = 0; row < whole_rows; row += 4) {
+        transpose_4x4(rows + row * width + k, width, panel, packed + k * panel + row);
+      }
+    }
+    for (std::int64_t row = 0; row < present; ++row) {
+      for (std::int64_t k = row < whole_rows ? whole_depth : 0; k < depth; ++k) {
+        packed[k * panel + row] = rows[row * width + k];
       }
     }
   }

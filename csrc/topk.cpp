@@ -70,9 +70,10 @@ class Nearest {
     std::int64_t index;
   };
 
-  static bool better(const Candidate& a, const Candidate& b) {
+  // A function object, not a function: that the algorithms compare inline.
+  static constexpr auto better = [](const Candidate& a, const Candidate& b) {
     return a.value > b.value || (a.value == b.value && a.index < b.index);
-  }
+  };
 
   // keep(j) for every j whose value may reach its threshold. Nearly none does: kLanes are looked at together.
   template <typename Threshold, typename Keep>
