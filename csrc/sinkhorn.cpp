@@ -137,6 +137,7 @@ ENGINE_INLINE void visit_with(Problem<Real>& problem, std::int64_t begin, std::i
     const std::int64_t width = column;
     Vector sums = {};
     for (column = 0; column < width; column += kLanes) {
+      __builtin_prefetch(cost + columns + column);  // the next row, while this one keeps the arithmetic busy
       const Vector term = exp_of_negative<Real, kBytes>(load<Vector>(plan + column) - largest);
       store(plan + column, term);
       sums += term;
