@@ -48,19 +48,26 @@ static_assert(kRows % kAvx2Rows == 0 && kRows % kAvx512Rows == 0 && kColumns % 3
 #endif
 static_assert(kRows % kPortableRows == 0 && kColumns % kRows == 0);
 
+// The entries of the vectors a and b, numbered through, that the list names; GCC before 12 lacks Clang's builtin.
+#ifdef __clang__
+#define ENGINE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ENGINE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){__VA_ARGS__})
+#endif
+
 // packed[k * panel + row] = rows[row * width + k] for 4 x 4 entries, through registers.
 template <typename Real>
 void transpose_4x4(const Real* rows, std::int64_t width, std::int64_t panel, Real* packed) {
   typedef Real Vector __attribute__((vector_size(4 * sizeof(Real)), aligned(alignof(Real)), may_alias));
   const auto source = [=](std::int64_t row) { return reinterpret_cast<const Vector*>(rows + row * width); };
   const Vector a = *source(0), b = *source(1), c = *source(2), d = *source(3);
-  const Vector ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Vector cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Vector ab_low = ENGINE_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = ENGINE_SHUFFLE(a, b, 2, 6, 3, 7);
+  const Vector cd_low = ENGINE_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = ENGINE_SHUFFLE(c, d, 2, 6, 3, 7);
   const auto target = [=](std::int64_t k) { return reinterpret_cast<Vector*>(packed + k * panel); };
-  *target(0) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-  *target(1) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-  *target(2) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-  *target(3) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+  *target(0) = ENGINE_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+  *target(1) = ENGINE_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+  *target(2) = ENGINE_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+  *target(3) = ENGINE_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
 }
 
 // Panels of `panel` rows, each [depth, panel], with zeros in place of the rows that the last one lacks.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine import _C, ops
+from engine import ops
 from engine.ops import topk as topk_of
 from engine.ops import use_backend
 from engine.ops.topk import reference
@@ -19,15 +19,6 @@ BACKENDS = ("cpu", "reference")
 def backend(request):
     with use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("ENGINE_ISA", request.param)
-    try:
-        return _C.isa()
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 def random_rows(count: int, width: int, seed: int) -> Tensor:
