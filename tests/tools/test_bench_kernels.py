@@ -35,6 +35,7 @@ def test_back_ends_and_peers_are_timed_once_they_agree(bench, monkeypatch, tmp_p
         ("memory_update_", "cpu"),
         ("memory_update_", "python loop"),
         ("topk", "reference"),
+        ("topk", "cpu"),
         ("topk", "torch chunked"),
     }
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in written["timings"])
