@@ -11,9 +11,9 @@
 namespace engine {
 namespace {
 
-// As many blocks as balance the threads; each has scratch of one entry per row of the data.
-constexpr std::int64_t kBlocks = 64;
-constexpr std::int64_t kLeastRowsPerBlock = 64;
+// Blocks small enough for their memory to be used again, few enough for scratch of one entry per row of the data.
+constexpr std::int64_t kBlocks = 256;
+constexpr std::int64_t kLeastRowsPerBlock = 32;
 
 std::int64_t rows_per_block(std::int64_t count) {
   return std::max(kLeastRowsPerBlock, (count + kBlocks - 1) / kBlocks);

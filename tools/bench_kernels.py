@@ -18,14 +18,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from sklearn.cluster import DBSCAN
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine import info, ops
+
+Array: TypeAlias = npt.NDArray[Any]
 
 ROUNDS = 15
 SECONDS_PER_SAMPLE = 0.02
@@ -146,6 +150,43 @@ def python_rank(distance: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Ten
     return torch.from_numpy(np.concatenate([np.mean(curves, axis=0), scores]))
 
 
+def numpy_jaccard(features: Array, rank: Array, k1: int, k2: int) -> Array:
+    """What the field writes, after the search for neighbours: a loop over the rows for each step, N x N matrices."""
+    count = len(features)
+
+    def reciprocal(row: int, k: int) -> Array:
+        forward = rank[row, :k]
+        return forward[(rank[forward, :k] == row).any(axis=1)]
+
+    near = [reciprocal(row, k1) for row in range(count)]
+    half = [reciprocal(row, round(k1 / 2) + 1) for row in range(count)]
+    weights = np.zeros((count, count), dtype=np.float32)
+    for row in range(count):
+        sets = [half[other] for other in near[row]]
+        joining = [members for members in sets if 3 * len(np.intersect1d(members, near[row])) > 2 * len(members)]
+        members = np.unique(np.concatenate([near[row], *joining]))
+        shares = np.exp(2 * features[members] @ features[row] - 2)
+        weights[row, members] = shares / shares.sum()
+    weights = np.stack([weights[rank[row, :k2]].mean(axis=0) for row in range(count)])
+    holders = [np.flatnonzero(weights[:, column]) for column in range(count)]
+    distance = np.zeros_like(weights)
+    for row in range(count):
+        shared = np.zeros(count, dtype=np.float32)
+        for column in np.flatnonzero(weights[row]):
+            others = holders[column]
+            shared[others] += np.minimum(weights[row, column], weights[others, column])
+        distance[row] = 1 - shared / (2 - shared)
+    return distance.clip(min=0)
+
+
+def numpy_clusters(features: Tensor) -> Tensor:
+    """What the field runs to cluster: `numpy_jaccard` and scikit-learn on the dense matrix."""
+    rows, rank = features.cpu().numpy(), torch_topk(features, features, 30)[1].cpu().numpy()
+    distance = numpy_jaccard(rows, rank, 30, 6)
+    labels = DBSCAN(eps=0.6, min_samples=4, metric="precomputed", n_jobs=-1).fit(distance).labels_
+    return torch.from_numpy(labels).to(features.device)
+
+
 def batch_size(quick: bool) -> tuple[int, int, int, int]:
     """Rows of a batch, clusters, rows of an instance bank, width."""
     return (64, 50, 1000, 256) if quick else (256, 800, 34167, 2048)
@@ -255,6 +296,13 @@ def dbscan_cases(quick: bool, device: str) -> Iterator[Case]:
     rows, _, width = data_size(quick)
     distance = ops.jaccard(people(rows, width, device))
     yield Case(f"{rows}, {distance.values().numel()} entries", lambda: (distance, 0.6), ops.dbscan)
+    fewer = people(min(rows, 2048), width, device)
+    yield Case(
+        f"{len(fewer)} x {width} with jaccard",
+        lambda: (fewer,),
+        lambda features: ops.dbscan(ops.jaccard(features), 0.6),
+        {"numpy loops": numpy_clusters},
+    )
 
 
 def segment_mean_cases(quick: bool, device: str) -> Iterator[Case]:
