@@ -55,7 +55,7 @@ class Nearest {
 
   // The k best of a query in order, padded with -inf and -1. Its list is spent.
   void write(std::int64_t query, std::int64_t k, Real* values, std::int64_t* indices) {
-    Candidate* list = &candidates_[query * capacity_];
+    Candidate* list = candidates_.data() + query * capacity_;
     const std::int64_t found = std::min(k_, sizes_[query]);
     std::partial_sort(list, list + found, list + sizes_[query], better);
     for (std::int64_t place = 0; place < k; ++place) {
@@ -90,7 +90,7 @@ class Nearest {
 
   void offer(std::int64_t query, std::int64_t index, Real value) {
     if (!(value >= thresholds_[query])) return;
-    Candidate* list = &candidates_[query * capacity_];
+    Candidate* list = candidates_.data() + query * capacity_;
     std::int64_t& size = sizes_[query];
     if (size == capacity_) {  // only where k < bank_count, so that k < capacity
       std::nth_element(list, list + k_ - 1, list + size, better);
