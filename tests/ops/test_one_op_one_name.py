@@ -24,6 +24,7 @@ COMMON_SOURCES = {
     "matmul.h",
     "neighbors.h",
     "parallel.h",
+    "rows.h",
     "vectors.h",
 }
 
