@@ -1,4 +1,4 @@
-// Rows of features as they are stored, read in the type that is computed in.
+// StoredRows of features as they are stored, read in the type that is computed in.
 #pragma once
 
 #include <cstdint>
@@ -40,9 +40,9 @@ struct BFloat16 {
 // A contiguous matrix of any float type. A block of rows is read in place where it is stored as `Real`, else converted
 // into memory of the caller's: the whole matrix never is.
 template <typename Real>
-class Rows {
+class StoredRows {
  public:
-  Rows(const void* data, Storage storage, std::int64_t width) : data_(data), storage_(storage), width_(width) {}
+  StoredRows(const void* data, Storage storage, std::int64_t width) : data_(data), storage_(storage), width_(width) {}
 
   std::int64_t width() const { return width_; }
 
