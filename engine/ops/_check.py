@@ -96,14 +96,23 @@ def in_range(name: str, value: Tensor, high: int, low: int = -1) -> None:
 
 
 def csr(name: str, value: object, shape: str) -> Tensor:
-    """Check a `torch.sparse_csr` matrix of a floating dtype; under `ENGINE_DEBUG=1` its columns too."""
+    """Check a `torch.sparse_csr` matrix of a floating dtype with int64 indices and arrays of fitting lengths.
+
+    What its indices hold is checked under `ENGINE_DEBUG=1`.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a sparse CSR tensor [{shape.replace(' ', ', ')}], got {type(value).__name__}")
     if value.layout != torch.sparse_csr or value.dim() != 2:
         raise fail(name, f"a torch.sparse_csr tensor of shape [{shape.replace(' ', ', ')}]", value)
     if value.dtype not in FLOATS:
         raise fail(name, "of a floating dtype", value)
-    in_range(f"the columns of {name}", value.col_indices(), value.shape[1], low=0)
+    starts, columns, values = value.crow_indices(), value.col_indices(), value.values()
+    indices(f"the row bounds of {name}", starts, "rows+1")
+    size(f"the row bounds of {name}", starts, 0, value.shape[0] + 1, "its rows and one")
+    indices(f"the columns of {name}", columns, "entries")
+    size(f"the values of {name}", values, 0, len(columns), "its columns")
+    in_range(f"the row bounds of {name}", starts, len(columns) + 1, low=0)
+    in_range(f"the columns of {name}", columns, value.shape[1], low=0)
     return value
 
 

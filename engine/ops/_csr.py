@@ -28,6 +28,11 @@ def row_counts(csr: Tensor) -> Tensor:
     return csr.crow_indices().diff()
 
 
+def bounded_starts(csr: Tensor) -> Tensor:
+    """The row bounds `[rows + 1]` int64 of a matrix that may come from anywhere: none lies outside its entries."""
+    return csr.crow_indices().clamp(0, len(csr.col_indices()))
+
+
 def row_indices(csr: Tensor) -> Tensor:
     """The row of every stored entry, `[entries]` int64."""
     rows = torch.arange(csr.shape[0], device=csr.device)

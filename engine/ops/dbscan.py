@@ -59,7 +59,7 @@ def cpu(distance: Tensor, eps: float, min_samples: int = 4) -> Tensor:
 
     dtype = accumulation_dtype(distance)
     run = _C.dbscan_float64 if dtype == torch.float64 else _C.dbscan_float32
-    starts, columns = distance.crow_indices().contiguous(), distance.col_indices().contiguous()
+    starts, columns = _csr.bounded_starts(distance).contiguous(), distance.col_indices().contiguous()
     values = distance.values()
     radius = torch.tensor(eps, dtype=values.dtype).item()  # as torch and numpy compare with a number
     values = values.to(dtype).contiguous()

@@ -123,6 +123,17 @@ def test_what_is_no_column_and_no_number_is_no_neighbour():
         assert ops.dbscan(distance, 0.5, 2).tolist() == [0, 0, -1]
 
 
+def test_row_bounds_outside_the_entries_are_cut(monkeypatch):
+    columns, values = torch.tensor([1, 0, 2]), torch.tensor([0.1, 0.1, 0.1])
+    bounds = torch.tensor([-(2**62), 1, 2**62, 0, 2**63 - 1])
+    distance = torch.sparse_csr_tensor(bounds, columns, values, (4, 4), check_invariants=False)
+    with ops.use_backend("cpu"):
+        assert ops.dbscan(distance, 0.5, 2).tolist() == [0, 0, -1, 0]  # of 0: 1; of 1: 0, 2; of 2: none; of 3: all
+    monkeypatch.setenv("ENGINE_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"the row bounds of distance must be in \[0, 4\), got values from -46"):
+        ops.dbscan(distance, 0.5)
+
+
 def test_native_gives_the_labels_of_the_reference():
     for seed, density in enumerate((0.0005, 0.002, 0.01)):
         distance = as_torch(random_distances(3000, density, seed))  # in three blocks of rows
@@ -138,6 +149,15 @@ def test_wrong_arguments_are_named():
         ops.dbscan(torch.zeros(3, 3), 0.5)
     with pytest.raises(ValueError, match=r"distance must be of size 3 in dimension 1 \(its rows\)"):
         ops.dbscan(torch.zeros(3, 4).to_sparse_csr(), 0.5)
+    parts = distance.crow_indices(), distance.col_indices(), distance.values()
+    with pytest.raises(ValueError, match="the row bounds of distance must be of dtype int64"):
+        ops.dbscan(
+            torch.sparse_csr_tensor(parts[0].int(), parts[1].int(), parts[2], (3, 3), check_invariants=True), 0.5
+        )
+    for bounds, values, name in ((parts[0][:3], parts[2], "row bounds"), (parts[0], torch.ones(1), "values")):
+        damaged = torch.sparse_csr_tensor(bounds, parts[1], values, (3, 3), check_invariants=False)
+        with pytest.raises(ValueError, match=f"the {name} of distance must be of size"):
+            ops.dbscan(damaged, 0.5)
     with pytest.raises(ValueError, match="eps must be a finite number above 0"):
         ops.dbscan(distance, 0)
     with pytest.raises(ValueError, match="min_samples must be an integer of at least 1"):
