@@ -48,11 +48,11 @@ void bind_jaccard(py::module_& module, const char* name) {
 }
 
 template <typename Real>
-void memory_update_(Address bank, Address features, Address labels, Address momentum, std::int64_t bank_rows,
-                    std::int64_t batch, std::int64_t width, bool normalize, int threads) {
+void memory_update_(Address bank, Address features, Address labels, Address momentum, double shared_momentum,
+                    std::int64_t bank_rows, std::int64_t batch, std::int64_t width, bool normalize, int threads) {
   engine::memory_update(reinterpret_cast<Real*>(bank), reinterpret_cast<const Real*>(features),
                         reinterpret_cast<const std::int64_t*>(labels), reinterpret_cast<const Real*>(momentum),
-                        bank_rows, batch, width, normalize, threads);
+                        shared_momentum, bank_rows, batch, width, normalize, threads);
 }
 
 template <typename Real>

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 when any of `tensors` is, else float32: half types are too short for sums over a feature or a bank."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:

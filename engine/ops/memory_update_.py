@@ -10,7 +10,6 @@ from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
 
 
-@torch.no_grad()
 def memory_update_(
     bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True
 ) -> Tensor:
@@ -33,25 +32,35 @@ def memory_update_(
         TypeError, ValueError: an argument is not as described, or the bank requires a gradient.
     """
     _check_arguments(bank, features, labels, momentum)
+    run = pick("memory_update_", bank.device)
     dtype = accumulation_dtype(bank, features)
-    if not isinstance(momentum, Tensor):
-        momentum = torch.full(labels.shape, momentum, dtype=dtype, device=labels.device)
-    updated = bank.to(dtype).contiguous()
     if features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
         features = features.clone()  # rows of the bank itself, as they are before the update
-    run = pick("memory_update_", bank.device)
-    run(updated, features.to(dtype), labels, momentum.to(dtype), normalize=normalize)
-    return bank if updated is bank else bank.copy_(updated)
+    if features.dtype != dtype:
+        features = features.to(dtype)
+    if isinstance(momentum, Tensor) and momentum.dtype != dtype:
+        momentum = momentum.to(dtype)
+    if bank.dtype == dtype and bank.is_contiguous():
+        return run(bank, features, labels, momentum, normalize=normalize)
+
+    inside = (labels >= 0) & (labels < bank.shape[0])
+    touched, places = labels[inside].unique(return_inverse=True)
+    weights = momentum[inside] if isinstance(momentum, Tensor) else momentum
+    rows = run(bank[touched].to(dtype), features[inside], places, weights, normalize=normalize)
+    return bank.index_copy_(0, touched, rows.to(bank.dtype))
 
 
-def reference(bank: Tensor, features: Tensor, labels: Tensor, momentum: Tensor, *, normalize: bool = True) -> Tensor:
+@torch.no_grad()
+def reference(
+    bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True
+) -> Tensor:
     """Labels are independent: the r-th feature of every label is blended at once, for r = 0, 1, ..."""
     kept = ((labels >= 0) & (labels < bank.shape[0])).nonzero().squeeze(1)
     occurrence = _occurrence(labels[kept])
     round_count = int(occurrence.max()) + 1 if kept.numel() else 0
     for number in range(round_count):
         rows = kept[occurrence == number]
-        weight = momentum[rows].unsqueeze(1)
+        weight = momentum[rows].unsqueeze(1) if isinstance(momentum, Tensor) else momentum
         blended = weight * bank[labels[rows]] + (1 - weight) * features[rows]
         if normalize:
             norm = blended.norm(dim=1, keepdim=True)
@@ -60,17 +69,19 @@ def reference(bank: Tensor, features: Tensor, labels: Tensor, momentum: Tensor, 
     return bank
 
 
-def cpu(bank: Tensor, features: Tensor, labels: Tensor, momentum: Tensor, *, normalize: bool = True) -> Tensor:
-    """csrc/memory_update_.cpp: one pass over the batch, threads over labels."""
+def cpu(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True) -> Tensor:
+    """csrc/memory_update_.cpp: each row once through the cache, in batch order; threads over labels."""
     from engine import _C
 
     update = _C.memory_update_float64 if bank.dtype == torch.float64 else _C.memory_update_float32
-    features, labels, momentum = features.contiguous(), labels.contiguous(), momentum.contiguous()
+    features, labels = features.contiguous(), labels.contiguous()
+    each, shared = (momentum.contiguous(), 0.0) if isinstance(momentum, Tensor) else (None, momentum)
     update(
         bank.data_ptr(),
         features.data_ptr(),
         labels.data_ptr(),
-        momentum.data_ptr(),
+        0 if each is None else each.data_ptr(),
+        shared,
         bank.shape[0],
         features.shape[0],
         features.shape[1],

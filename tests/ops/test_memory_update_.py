@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.ops import backends, memory_update_, use_backend
 
@@ -73,10 +74,11 @@ def test_follows_the_batch_order_of_every_label(name, bank_rows, batch, width, n
     torch.testing.assert_close(bank, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_native_stays_in_the_error_budget(dtype, normalize):
-    bank, features, labels, momentum = problem(7, 200, 131, dtype=dtype)
+@pytest.mark.parametrize("width", [1, 131, 256])
+def test_native_stays_in_the_error_budget(isa, width, dtype, normalize):
+    bank, features, labels, momentum = problem(7, 200, width, dtype=dtype)
     exact = one_after_the_other(bank.double(), features.double(), labels, momentum.double(), normalize)
     with use_backend("reference"):
         plain = memory_update_(bank.clone(), features, labels, momentum, normalize=normalize)
@@ -109,6 +111,51 @@ def test_thread_count_does_not_show():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("feature_dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_types_of_bank_and_features_may_differ(backend, dtype, feature_dtype, per_row):
+    bank, features, labels, weights = problem(9, 12, 20)
+    bank, features, weights = bank.to(dtype), features.to(feature_dtype), weights.bfloat16()
+    momentum = weights if per_row else 0.25
+    exact_momentum = weights.double() if per_row else 0.25
+    expected = one_after_the_other(bank.double(), features.double(), labels, exact_momentum, True).to(dtype)
+    assert memory_update_(bank, features, labels, momentum) is bank
+    torch.testing.assert_close(bank, expected)
+
+
+class LargestMade(TorchDispatchMode):
+    """Entries of the largest tensor that an operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        if isinstance(made, Tensor) and not any(made is argument for argument in arguments):
+            self.entries = max(self.entries, made.numel())
+        return made
+
+
+def test_of_a_half_bank_only_the_rows_named_are_converted(backend):
+    bank, features, _, _ = problem(1000, 3, 16, dtype=torch.bfloat16)
+    bank[7] = torch.nan
+    before = bank.clone()
+    with LargestMade() as mode:
+        memory_update_(bank, features, torch.tensor([998, -1, 3]), 0.1)
+    assert mode.entries <= 3 * 16
+    changed = (bank.view(torch.int16) != before.view(torch.int16)).any(1)
+    assert changed.nonzero().flatten().tolist() == [3, 998]
+
+
+def test_nan_stays_where_it_is_put_in(backend):
+    bank = torch.eye(3)
+    features = torch.tensor([[0.0, torch.nan, 0.0], [torch.inf, 1.0, 1.0]])
+    memory_update_(bank, features, torch.tensor([0, 1]), 0.5)
+    assert bank[0].isnan().tolist() == [False, True, False]
+    assert bank[1].isnan().tolist() == [True, False, False]
+    assert bank[2].tolist() == [0, 0, 1]
+
+
 def test_updates_a_strided_bank_in_place(backend):
     bank, features, labels, _ = problem(5, 9, 20)
     expected = one_after_the_other(bank, features, labels, 0.3, True)
@@ -133,10 +180,11 @@ def test_zero_rows_stay_zero_and_untouched_rows_keep_their_bits(backend):
     assert memory_update_(bank, torch.zeros(1, 2), torch.tensor([0]), 0.1).tolist() == [[0, 0], [3, 4]]
 
 
-def test_labels_out_of_range_are_skipped_and_reported_in_debug_mode(backend, monkeypatch):
-    bank, features, _, _ = problem(4, 3, 6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_labels_out_of_range_are_skipped_and_reported_in_debug_mode(backend, dtype, monkeypatch):
+    bank, features, _, _ = problem(4, 3, 6, dtype=dtype)
     before = bank.clone()
-    labels = torch.tensor([4, -2, 2**62])
+    labels = torch.tensor([4, -(2**63), 2**63 - 1])
     assert torch.equal(memory_update_(bank, features, labels, 0.1), before)
     monkeypatch.setenv("ENGINE_DEBUG", "1")
     with pytest.raises(ValueError, match=r"labels must be in \[-1, 4\)"):
@@ -150,6 +198,13 @@ def test_tells_autograd_that_the_bank_changed(backend):
     memory_update_(bank, features, labels, 0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_carries_no_gradient(backend, dtype):
+    bank, features, labels, momentum = problem(4, 3, 6, dtype=dtype)
+    memory_update_(bank, features.requires_grad_(), labels, momentum.requires_grad_())
+    assert not bank.requires_grad
 
 
 def test_refuses_bad_arguments():
