@@ -8,6 +8,7 @@
 #include "jaccard.h"
 #include "memory_update_.h"
 #include "rank.h"
+#include "rows.h"
 #include "sinkhorn.h"
 #include "topk.h"
 
@@ -16,6 +17,11 @@ namespace py = pybind11;
 namespace {
 
 using Address = std::uintptr_t;
+
+template <typename Real>
+engine::StoredRows<Real> rows(Address data, int storage, std::int64_t width) {
+  return {reinterpret_cast<const void*>(data), static_cast<engine::Storage>(storage), width};
+}
 
 template <typename Real>
 void dbscan(Address starts, Address columns, Address values, Address labels, std::int64_t count, double eps,
@@ -77,10 +83,11 @@ void sinkhorn(Address cost, Address log_a, Address log_b, std::int64_t problems,
 }
 
 template <typename Real>
-void topk(Address queries, Address bank, std::int64_t query_count, std::int64_t bank_count, std::int64_t width,
-          std::int64_t k, bool exclude_self, Address values, Address indices, int threads) {
-  engine::topk(reinterpret_cast<const Real*>(queries), reinterpret_cast<const Real*>(bank), query_count, bank_count,
-               width, k, exclude_self, reinterpret_cast<Real*>(values), reinterpret_cast<std::int64_t*>(indices),
+void topk(Address queries, int queries_storage, Address bank, int bank_storage, std::int64_t query_count,
+          std::int64_t bank_count, std::int64_t width, std::int64_t k, bool exclude_self, Address values,
+          Address indices, int threads) {
+  engine::topk(rows<Real>(queries, queries_storage, width), rows<Real>(bank, bank_storage, width), query_count,
+               bank_count, k, exclude_self, reinterpret_cast<Real*>(values), reinterpret_cast<std::int64_t*>(indices),
                threads);
 }
 

@@ -72,8 +72,9 @@ void transpose_4x4(const Real* rows, std::int64_t width, std::int64_t panel, Rea
 
 // Panels of `panel` rows, each [depth, panel], with zeros in place of the rows that the last one lacks.
 template <typename Real>
-void pack(const Real* rows, std::int64_t count, std::int64_t width, std::int64_t depth, std::int64_t panel,
-          Real* packed) {
+void pack(const RowsPart<Real>& part, std::int64_t count, std::int64_t depth, std::int64_t panel, Real* packed) {
+  const Real* rows = part.entries;
+  const std::int64_t width = part.stride;
   for (std::int64_t start = 0; start < count; start += panel, rows += panel * width, packed += panel * depth) {
     const std::int64_t present = std::min(panel, count - start);
     if (present < panel) std::fill_n(packed, panel * depth, Real(0));
@@ -116,16 +117,18 @@ BlockProduct<Real>::BlockProduct(Isa isa, std::int64_t width)
       block_(allocate(kRows * kColumns)) {}
 
 template <typename Real>
-void BlockProduct<Real>::set_right(const Real* rows, std::int64_t count) {
+void BlockProduct<Real>::set_right(const StoredRows<Real>& rows, std::int64_t first, std::int64_t count) {
   right_count_ = round_up(count, kernel_.panel_columns);
   for (std::int64_t k = 0; k < width_; k += kDepth) {
+    const std::int64_t depth = std::min(kDepth, width_ - k);
     Real* packed = right_.data()->entries + k * right_count_;
-    pack(rows + k, count, width_, std::min(kDepth, width_ - k), kernel_.panel_columns, packed);
+    pack(rows.part(first, count, k, depth, converted_), count, depth, kernel_.panel_columns, packed);
   }
 }
 
 template <typename Real>
-const Real* BlockProduct<Real>::multiply(const Real* rows, std::int64_t count, std::int64_t first_column) {
+const Real* BlockProduct<Real>::multiply(const StoredRows<Real>& rows, std::int64_t first, std::int64_t count,
+                                         std::int64_t first_column) {
   const std::int64_t panel_rows = kernel_.panel_rows, panel_columns = kernel_.panel_columns;
   Real* block = block_.data()->entries;
   Real* left = left_.data()->entries;
@@ -133,7 +136,7 @@ const Real* BlockProduct<Real>::multiply(const Real* rows, std::int64_t count, s
   for (std::int64_t k = 0; k < width_; k += kDepth) {
     const std::int64_t depth = std::min(kDepth, width_ - k);
     const Real* right = right_.data()->entries + k * right_count_;
-    pack(rows + k, count, width_, depth, panel_rows, left);
+    pack(rows.part(first, count, k, depth, converted_), count, depth, panel_rows, left);
     for (std::int64_t j = first_column / panel_columns * panel_columns; j < right_count_; j += panel_columns) {
       for (std::int64_t i = 0; i < count; i += panel_rows) {
         kernel_.tile(left + i * depth, right + j * depth, depth, block + i * kColumns + j);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "rows.h"
 
 namespace engine {
 
@@ -26,12 +27,13 @@ class BlockProduct {
  public:
   BlockProduct(Isa isa, std::int64_t width);
 
-  // Copies `count` <= kColumns rows [count, width].
-  void set_right(const Real* rows, std::int64_t count);
+  // Copies `count` <= kColumns rows from `first` on.
+  void set_right(const StoredRows<Real>& rows, std::int64_t first, std::int64_t count);
 
-  // The products of `count` <= kRows rows [count, width] with those of set_right: entry (i, j) at i * kColumns + j, for
-  // j >= first_column; what lies before is undefined. Valid until the next call.
-  const Real* multiply(const Real* rows, std::int64_t count, std::int64_t first_column = 0);
+  // The products of `count` <= kRows rows from `first` on with those of set_right: entry (i, j) at i * kColumns + j,
+  // for j >= first_column; what lies before is undefined. Valid until the next call.
+  const Real* multiply(const StoredRows<Real>& rows, std::int64_t first, std::int64_t count,
+                       std::int64_t first_column = 0);
 
  private:
   // Adds the product of two packed panels to panel_rows x panel_columns entries of a block.
@@ -53,6 +55,7 @@ class BlockProduct {
   std::vector<CacheLine> right_;
   std::vector<CacheLine> left_;
   std::vector<CacheLine> block_;
+  std::vector<Real> converted_;
 };
 
 }  // namespace engine

@@ -1,4 +1,4 @@
-// StoredRows of features as they are stored, read in the type that is computed in.
+// Rows of features as they are stored, read in the type that is computed in.
 #pragma once
 
 #include <cstdint>
@@ -37,53 +37,86 @@ struct BFloat16 {
   explicit operator float() const { return float_of_bits(static_cast<std::uint32_t>(bits) << 16); }
 };
 
-// A contiguous matrix of any float type. A block of rows is read in place where it is stored as `Real`, else converted
-// into memory of the caller's: the whole matrix never is.
+// Columns [column, column + depth) of some rows: entry (i, k) at i * stride + k.
+template <typename Real>
+struct RowsPart {
+  const Real* entries;
+  std::int64_t stride;
+};
+
+// A contiguous matrix of any float type, each row times its scale where `scales` is not null. A block of rows is read
+// in place where it is stored as `Real` and unscaled, else converted into memory of the caller's: the whole matrix
+// never is.
 template <typename Real>
 class StoredRows {
  public:
-  StoredRows(const void* data, Storage storage, std::int64_t width) : data_(data), storage_(storage), width_(width) {}
+  StoredRows(const void* data, Storage storage, std::int64_t width, const Real* scales = nullptr)
+      : data_(data), storage_(storage), width_(width), scales_(scales) {}
 
   std::int64_t width() const { return width_; }
 
+  bool operator==(const StoredRows& other) const {
+    return data_ == other.data_ && storage_ == other.storage_ && width_ == other.width_ && scales_ == other.scales_;
+  }
+
+  // The same rows, times one scale each.
+  StoredRows scaled(const Real* scales) const { return {data_, storage_, width_, scales}; }
+
   // `count` rows from `first` on, [count, width]. Valid until `buffer` is used again.
   const Real* block(std::int64_t first, std::int64_t count, std::vector<Real>& buffer) const {
+    return part(first, count, 0, width_, buffer).entries;
+  }
+
+  // `depth` columns of them, from `column` on. Valid until `buffer` is used again.
+  RowsPart<Real> part(std::int64_t first, std::int64_t count, std::int64_t column, std::int64_t depth,
+                      std::vector<Real>& buffer) const {
+    if (storage_ == kPlain && scales_ == nullptr) {
+      return {static_cast<const Real*>(data_) + first * width_ + column, width_};
+    }
+    const std::size_t entries = static_cast<std::size_t>(count * depth);
+    if (buffer.size() < entries) buffer.resize(entries);
+    if (depth == width_ && scales_ == nullptr) {
+      read(first, 0, count * depth, buffer.data());  // rows without a gap between them
+    } else {
+      for (std::int64_t row = 0; row < count; ++row) read(first + row, column, depth, buffer.data() + row * depth);
+    }
+    return {buffer.data(), depth};
+  }
+
+  // Copies columns [column, column + depth) of one row.
+  void read(std::int64_t row, std::int64_t column, std::int64_t depth, Real* target) const {
     switch (storage_) {
       case Storage::float32:
-        return block_of<float>(first, count, buffer);
+        return convert<float>(row, column, depth, target);
       case Storage::float64:
-        return block_of<double>(first, count, buffer);
+        return convert<double>(row, column, depth, target);
       case Storage::float16:
-        return block_of<Float16>(first, count, buffer);
+        return convert<Float16>(row, column, depth, target);
       default:
-        return block_of<BFloat16>(first, count, buffer);
+        return convert<BFloat16>(row, column, depth, target);
     }
   }
 
  private:
+  static constexpr Storage kPlain = std::is_same_v<Real, float> ? Storage::float32 : Storage::float64;
+
   template <typename Stored>
-  const Real* block_of(std::int64_t first, std::int64_t count, std::vector<Real>& buffer) const {
-    const Stored* source = static_cast<const Stored*>(data_) + first * width_;
-    if constexpr (std::is_same_v<Stored, Real>) {
-      return source;
-    } else {
-      const std::size_t entries = static_cast<std::size_t>(count * width_);
-      if (buffer.size() < entries) buffer.resize(entries);
-      Real* target = buffer.data();
-      for (std::size_t entry = 0; entry < entries; ++entry) {
-        if constexpr (std::is_floating_point_v<Stored>) {
-          target[entry] = static_cast<Real>(source[entry]);
-        } else {
-          target[entry] = static_cast<Real>(static_cast<float>(source[entry]));
-        }
+  void convert(std::int64_t row, std::int64_t column, std::int64_t depth, Real* target) const {
+    const Stored* source = static_cast<const Stored*>(data_) + row * width_ + column;
+    const Real scale = scales_ ? scales_[row] : Real(1);
+    for (std::int64_t k = 0; k < depth; ++k) {
+      if constexpr (std::is_floating_point_v<Stored>) {
+        target[k] = static_cast<Real>(source[k]) * scale;
+      } else {
+        target[k] = static_cast<Real>(static_cast<float>(source[k])) * scale;
       }
-      return target;
     }
   }
 
   const void* data_;
   Storage storage_;
   std::int64_t width_;
+  const Real* scales_;
 };
 
 }  // namespace engine

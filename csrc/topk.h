@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "rows.h"
+
 namespace engine {
 
-// queries [query_count, width], bank [bank_count, width], values and indices [query_count, k], all contiguous. Where
-// `queries` and `bank` are the same rows, every product is computed once. The result does not depend on `threads`.
+// values and indices [query_count, k]. Where `queries` and `bank` are the same rows, every product is computed once.
+// The result does not depend on `threads`.
 template <typename Real>
-void topk(const Real* queries, const Real* bank, std::int64_t query_count, std::int64_t bank_count, std::int64_t width,
-          std::int64_t k, bool exclude_self, Real* values, std::int64_t* indices, int threads);
+void topk(const StoredRows<Real>& queries, const StoredRows<Real>& bank, std::int64_t query_count,
+          std::int64_t bank_count, std::int64_t k, bool exclude_self, Real* values, std::int64_t* indices, int threads);
 
 }  // namespace engine

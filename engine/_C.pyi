@@ -110,7 +110,9 @@ def sinkhorn_float64(
 ) -> None: ...
 def topk_float32(
     queries: int,
+    queries_storage: int,
     bank: int,
+    bank_storage: int,
     query_count: int,
     bank_count: int,
     width: int,
@@ -122,7 +124,9 @@ def topk_float32(
 ) -> None: ...
 def topk_float64(
     queries: int,
+    queries_storage: int,
     bank: int,
+    bank_storage: int,
     query_count: int,
     bank_count: int,
     width: int,

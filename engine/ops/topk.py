@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops import _check
+from engine.ops import _check, _native
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, no_autocast
 
@@ -65,17 +65,14 @@ def reference(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = Fal
 
 def cpu(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
     """csrc/topk.cpp: products in blocks that stay in cache, each used for both of its rows where queries is bank."""
-    from engine import _C
-
     dtype = accumulation_dtype(queries, bank)
-    rows = queries.to(dtype).contiguous()
-    others = rows if queries is bank else bank.to(dtype).contiguous()
-    values = rows.new_empty(rows.shape[0], k)
+    rows = queries.contiguous()
+    others = rows if queries is bank else bank.contiguous()
+    values = rows.new_empty(rows.shape[0], k, dtype=dtype)
     indices = torch.empty_like(values, dtype=torch.int64)
-    search = _C.topk_float64 if dtype == torch.float64 else _C.topk_float32
-    search(
-        rows.data_ptr(),
-        others.data_ptr(),
+    _native.function("topk", dtype)(
+        *_native.rows(rows),
+        *_native.rows(others),
         rows.shape[0],
         others.shape[0],
         rows.shape[1],

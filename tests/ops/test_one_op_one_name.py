@@ -25,6 +25,7 @@ COMMON_SOURCES = {
     "neighbors.h",
     "parallel.h",
     "rows.h",
+    "search.h",
     "vectors.h",
 }
 

@@ -159,6 +159,16 @@ def test_half_types_are_compared_in_float32(dtype, backend):
         assert torch.equal(topk_of(queries, bank, 10)[1], indices)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_native_converts_half_types_exactly(isa, dtype):
+    queries, bank = random_rows(101, 517, 1).to(dtype), random_rows(503, 517, 2).to(dtype)
+    with use_backend("cpu"):
+        for rows in (queries, bank):
+            values, indices = topk_of(rows.float(), bank.float(), 20)
+            assert all(map(torch.equal, topk_of(rows, bank, 20), (values.to(dtype), indices)))
+            assert all(map(torch.equal, topk_of(rows.float(), bank, 20), (values, indices)))
+
+
 def test_reads_any_layout_and_leaves_inputs_alone(backend):
     queries, bank = random_rows(9, 8, 1), random_rows(20, 8, 2)
     copies = queries.clone(), bank.clone()
