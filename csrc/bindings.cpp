@@ -6,9 +6,12 @@
 #include "dbscan.h"
 #include "isa.h"
 #include "jaccard.h"
+#include "knn_intersection.h"
 #include "memory_update_.h"
 #include "rank.h"
 #include "rows.h"
+#include "set_intersection.h"
+#include "set_union.h"
 #include "sinkhorn.h"
 #include "topk.h"
 
@@ -53,6 +56,12 @@ void bind_jaccard(py::module_& module, const char* name) {
           release);
 }
 
+void knn_intersection(Address neighbors, std::int64_t views, std::int64_t rows, std::int64_t k, Address common,
+                      int threads) {
+  engine::knn_intersection(reinterpret_cast<const std::int64_t*>(neighbors), views, rows, k,
+                           reinterpret_cast<std::int64_t*>(common), threads);
+}
+
 template <typename Real>
 void memory_update_(Address bank, Address features, Address labels, Address momentum, double shared_momentum,
                     std::int64_t bank_rows, std::int64_t batch, std::int64_t width, bool normalize, int threads) {
@@ -70,6 +79,18 @@ void rank(Address distance, Address query_ids, Address gallery_ids, Address quer
                reinterpret_cast<const std::int64_t*>(gallery_cams), queries, gallery,
                static_cast<engine::Protocol>(protocol), reinterpret_cast<std::int64_t*>(before),
                reinterpret_cast<double*>(precision), reinterpret_cast<double*>(penalty), threads);
+}
+
+void set_intersection(Address a, Address b, std::int64_t rows, std::int64_t a_width, std::int64_t b_width,
+                      Address common, int threads) {
+  engine::set_intersection(reinterpret_cast<const std::int64_t*>(a), reinterpret_cast<const std::int64_t*>(b), rows,
+                           a_width, b_width, reinterpret_cast<std::int64_t*>(common), threads);
+}
+
+void set_union(Address a, Address b, std::int64_t rows, std::int64_t a_width, std::int64_t b_width, Address joined,
+               int threads) {
+  engine::set_union(reinterpret_cast<const std::int64_t*>(a), reinterpret_cast<const std::int64_t*>(b), rows, a_width,
+                    b_width, reinterpret_cast<std::int64_t*>(joined), threads);
 }
 
 template <typename Real>
@@ -101,10 +122,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", [] { return engine::name(engine::isa()); });
   bind_jaccard<float>(module, "jaccard_float32");
   bind_jaccard<double>(module, "jaccard_float64");
+  module.def("knn_intersection", &knn_intersection, release);
   module.def("memory_update_float32", &memory_update_<float>, release);
   module.def("memory_update_float64", &memory_update_<double>, release);
   module.def("rank_float32", &rank<float>, release);
   module.def("rank_float64", &rank<double>, release);
+  module.def("set_intersection", &set_intersection, release);
+  module.def("set_union", &set_union, release);
   module.def("sinkhorn_float32", &sinkhorn<float>, release);
   module.def("sinkhorn_float64", &sinkhorn<double>, release);
   module.def("topk_float32", &topk<float>, release);

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from engine.ops import _check
 
-PADDING = torch.iinfo(torch.int64).max
-"""Stands for -1 while rows are sorted, so that padding comes last."""
+SIGN = torch.iinfo(torch.int64).min
+"""The sign bit, flipped while rows are sorted: indices stay in order, and -1 comes last."""
+PADDING = -1 ^ SIGN
 
 
 def check(a: Tensor, b: Tensor) -> None:
@@ -20,13 +21,13 @@ def check(a: Tensor, b: Tensor) -> None:
 
 
 def ascending(rows: Tensor) -> Tensor:
-    """Rows in any order, with padding and repeats anywhere -> each index once, ascending, `PADDING` last."""
-    rows = torch.where(rows < 0, PADDING, rows).sort(dim=1).values
+    """Rows in any order, with padding and repeats anywhere -> each index once, ascending, padding last; signs flipped."""
+    rows = torch.where(rows < 0, -1, rows).bitwise_xor(SIGN).sort(dim=1).values
     repeated = torch.zeros_like(rows, dtype=torch.bool)
     repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
     return rows.masked_fill(repeated, PADDING).sort(dim=1).values
 
 
 def padded(rows: Tensor) -> Tensor:
-    """`PADDING` back to -1."""
-    return rows.masked_fill(rows == PADDING, -1)
+    """Rows of `ascending` with their signs flipped back."""
+    return rows.bitwise_xor(SIGN)

@@ -44,3 +44,14 @@ def reference(views: Tensor, bank: Tensor, k: int) -> Tensor:
     neighbours = indices.unflatten(0, views.shape[:2])
     # A single view goes through the intersection with itself, which sorts it.
     return reduce(set_intersection, neighbours, neighbours[0])
+
+
+def cpu(views: Tensor, bank: Tensor, k: int) -> Tensor:
+    """One `topk` over all views, then csrc/knn_intersection.cpp over all of them at once."""
+    from engine import _C
+
+    _, indices = topk(views.flatten(0, 1), bank, k)
+    view_count, row_count, _ = views.shape
+    common = indices.new_empty(row_count, k)
+    _C.knn_intersection(indices.data_ptr(), view_count, row_count, k, common.data_ptr(), torch.get_num_threads())
+    return common

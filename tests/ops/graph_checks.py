@@ -46,14 +46,15 @@ def stored(csr: Tensor, otherwise: float = 0.0) -> Tensor:
 
 
 def same_bits_for_any_thread_count(run: Callable[[], Any]) -> None:
-    """`run` gives tensors; they are the same to the bit on one thread and on two."""
+    """`run` gives tensors; they are the same to the bit on one, two and three threads."""
     before = torch.get_num_threads()
+    results = []
     try:
-        torch.set_num_threads(1)
-        one = run()
-        torch.set_num_threads(2)
-        two = run()
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run())
     finally:
         torch.set_num_threads(before)
-    for first, second in zip(one, two, strict=True):
-        assert torch.equal(first, second)
+    for result in results[1:]:
+        for first, second in zip(results[0], result, strict=True):
+            assert torch.equal(first, second)

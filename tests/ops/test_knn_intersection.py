@@ -2,8 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graph_checks import same_bits_for_any_thread_count
 
-from engine.ops import knn_intersection
+from engine.ops import knn_intersection, use_backend
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
 
 
 def padded_row(indices: set[int], width: int) -> list[int]:
@@ -12,7 +19,7 @@ def padded_row(indices: set[int], width: int) -> list[int]:
 
 @pytest.mark.parametrize("view_count", [1, 2, 3])
 @pytest.mark.parametrize("k", [0, 1, 8, 50])
-def test_keeps_what_is_near_to_every_view(view_count, k):
+def test_keeps_what_is_near_to_every_view(view_count, k, backend):
     generator = torch.Generator().manual_seed(view_count)
     base = torch.randn(1, 13, 6, generator=generator)
     views = base + 0.3 * torch.randn(view_count, 13, 6, generator=generator)
@@ -22,15 +29,22 @@ def test_keeps_what_is_near_to_every_view(view_count, k):
         padded_row(set.intersection(*(set(view[row]) for view in nearest)), k) if k else [] for row in range(13)
     ]
     assert knn_intersection(views, bank, k).tolist() == expected
+    assert knn_intersection(views.transpose(0, 2).contiguous().transpose(0, 2), bank, k).tolist() == expected
 
 
-def test_empty_inputs_give_empty_sets():
+def test_empty_inputs_give_empty_sets(backend):
     assert knn_intersection(torch.zeros(2, 0, 3), torch.zeros(5, 3), 4).shape == (0, 4)
     assert (knn_intersection(torch.zeros(2, 3, 3), torch.zeros(0, 3), 4) == -1).all()
 
 
-def test_ties_go_to_the_lower_index():
+def test_ties_go_to_the_lower_index(backend):
     assert knn_intersection(torch.ones(2, 1, 3), torch.ones(5, 3), 2).tolist() == [[0, 1]]
+
+
+def test_thread_count_does_not_show():
+    views, bank = torch.randn(3, 400, 6, generator=torch.Generator().manual_seed(1)), torch.eye(6).repeat(20, 1)
+    with use_backend("cpu"):
+        same_bits_for_any_thread_count(lambda: [knn_intersection(views, bank, 30)])
 
 
 def test_refuses_bad_arguments():

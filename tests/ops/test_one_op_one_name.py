@@ -26,6 +26,7 @@ COMMON_SOURCES = {
     "parallel.h",
     "rows.h",
     "search.h",
+    "sets.h",
     "vectors.h",
 }
 

@@ -3,19 +3,25 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from set_checks import as_rows, as_sets, index_sets
+from set_checks import BACKENDS, as_rows, as_sets, check_layout_and_threads, index_sets
 
-from engine.ops import set_intersection
+from engine.ops import set_intersection, use_backend
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=80, deadline=None)
 @given(sets=index_sets())
-def test_is_the_intersection_ascending_and_padded(sets):
+def test_is_the_intersection_ascending_and_padded(name, sets):
     a, b = sets
     expected = [left & right for left, right in zip(as_sets(a), as_sets(b), strict=True)]
-    result = set_intersection(a, b)
+    with use_backend(name):
+        result = set_intersection(a, b)
     assert result.dtype == torch.int64 and result.shape == (a.shape[0], min(a.shape[1], b.shape[1]))
     assert result.tolist() == as_rows(expected, result.shape[1])
+
+
+def test_layout_and_thread_count_do_not_show():
+    check_layout_and_threads(set_intersection)
 
 
 def test_refuses_bad_arguments():
