@@ -8,11 +8,13 @@
 #include "jaccard.h"
 #include "knn_intersection.h"
 #include "memory_update_.h"
+#include "neighbor_contrast.h"
 #include "rank.h"
 #include "rows.h"
 #include "set_intersection.h"
 #include "set_union.h"
 #include "sinkhorn.h"
+#include "soft_contrast.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -71,6 +73,15 @@ void memory_update_(Address bank, Address features, Address labels, Address mome
 }
 
 template <typename Real>
+void neighbor_contrast(Address features, Address bank, int bank_storage, Address positives, std::int64_t batch,
+                       std::int64_t bank_count, std::int64_t set_size, std::int64_t width, double temperature,
+                       Address losses, Address gradients, int threads) {
+  engine::neighbor_contrast(reinterpret_cast<const Real*>(features), rows<Real>(bank, bank_storage, width),
+                            reinterpret_cast<const std::int64_t*>(positives), batch, bank_count, set_size, temperature,
+                            reinterpret_cast<Real*>(losses), reinterpret_cast<Real*>(gradients), threads);
+}
+
+template <typename Real>
 void rank(Address distance, Address query_ids, Address gallery_ids, Address query_cams, Address gallery_cams,
           std::int64_t queries, std::int64_t gallery, int protocol, Address before, Address precision, Address penalty,
           int threads) {
@@ -104,6 +115,15 @@ void sinkhorn(Address cost, Address log_a, Address log_b, std::int64_t problems,
 }
 
 template <typename Real>
+void soft_contrast(Address features, Address bank, int bank_storage, Address weights, int weights_storage,
+                   std::int64_t batch, std::int64_t bank_count, std::int64_t width, double temperature, Address losses,
+                   Address gradients, int threads) {
+  engine::soft_contrast(reinterpret_cast<const Real*>(features), rows<Real>(bank, bank_storage, width),
+                        rows<Real>(weights, weights_storage, 1), batch, bank_count, temperature,
+                        reinterpret_cast<Real*>(losses), reinterpret_cast<Real*>(gradients), threads);
+}
+
+template <typename Real>
 void topk(Address queries, int queries_storage, Address bank, int bank_storage, std::int64_t query_count,
           std::int64_t bank_count, std::int64_t width, std::int64_t k, bool exclude_self, Address values,
           Address indices, int threads) {
@@ -125,12 +145,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("knn_intersection", &knn_intersection, release);
   module.def("memory_update_float32", &memory_update_<float>, release);
   module.def("memory_update_float64", &memory_update_<double>, release);
+  module.def("neighbor_contrast_float32", &neighbor_contrast<float>, release);
+  module.def("neighbor_contrast_float64", &neighbor_contrast<double>, release);
   module.def("rank_float32", &rank<float>, release);
   module.def("rank_float64", &rank<double>, release);
   module.def("set_intersection", &set_intersection, release);
   module.def("set_union", &set_union, release);
   module.def("sinkhorn_float32", &sinkhorn<float>, release);
   module.def("sinkhorn_float64", &sinkhorn<double>, release);
+  module.def("soft_contrast_float32", &soft_contrast<float>, release);
+  module.def("soft_contrast_float64", &soft_contrast<double>, release);
   module.def("topk_float32", &topk<float>, release);
   module.def("topk_float64", &topk<double>, release);
 }

@@ -47,6 +47,34 @@ def memory_update_float64(
     normalize: bool,
     threads: int,
 ) -> None: ...
+def neighbor_contrast_float32(
+    features: int,
+    bank: int,
+    bank_storage: int,
+    positives: int,
+    batch: int,
+    bank_count: int,
+    set_size: int,
+    width: int,
+    temperature: float,
+    losses: int,
+    gradients: int,
+    threads: int,
+) -> None: ...
+def neighbor_contrast_float64(
+    features: int,
+    bank: int,
+    bank_storage: int,
+    positives: int,
+    batch: int,
+    bank_count: int,
+    set_size: int,
+    width: int,
+    temperature: float,
+    losses: int,
+    gradients: int,
+    threads: int,
+) -> None: ...
 def rank_float32(
     distance: int,
     query_ids: int,
@@ -109,6 +137,34 @@ def sinkhorn_float64(
     log_v: int,
     iterations: int,
     error: int,
+    threads: int,
+) -> None: ...
+def soft_contrast_float32(
+    features: int,
+    bank: int,
+    bank_storage: int,
+    weights: int,
+    weights_storage: int,
+    batch: int,
+    bank_count: int,
+    width: int,
+    temperature: float,
+    losses: int,
+    gradients: int,
+    threads: int,
+) -> None: ...
+def soft_contrast_float64(
+    features: int,
+    bank: int,
+    bank_storage: int,
+    weights: int,
+    weights_storage: int,
+    batch: int,
+    bank_count: int,
+    width: int,
+    temperature: float,
+    losses: int,
+    gradients: int,
     threads: int,
 ) -> None: ...
 def topk_float32(

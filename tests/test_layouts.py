@@ -87,8 +87,11 @@ def test_one_empty_modality_is_named(tmp_path, sysu_tree):
 
 @pytest.mark.parametrize("method", ["dcl", "salcr"])
 def test_losses_of_a_short_run_stay_as_they_were(method, sysu_tree, tmp_path):
-    """A pure refactor leaves these alone. After a wanted change: ENGINE_WRITE_GOLDEN=1 pytest tests/test_layouts.py"""
-    loaded = settings(sysu_tree, tmp_path / "cache", f"method.name={method}")
+    """A pure refactor leaves these alone. After a wanted change: ENGINE_WRITE_GOLDEN=1 pytest tests/test_layouts.py
+
+    A small learning rate keeps the rounding of another processor from growing: back ends differ by 1e-6 in these losses.
+    """
+    loaded = settings(sysu_tree, tmp_path / "cache", f"method.name={method}", "optim.lr=1e-4")
     Trainer(loaded, tmp_path / "run").run()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["losses"] for row in rows]
@@ -98,4 +101,4 @@ def test_losses_of_a_short_run_stay_as_they_were(method, sysu_tree, tmp_path):
         return
     for found, expected in zip(losses, golden[method], strict=True):
         assert found.keys() == expected.keys()
-        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-2)
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)

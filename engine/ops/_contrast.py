@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ops import _check
+from engine.ops import _check, _native
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, no_autocast
 
@@ -77,6 +77,39 @@ def in_blocks(
             with no_autocast(features.device):
                 torch.mm(residual(scores, target[rows]), bank, out=gradient[rows])
     return losses, gradient.div_(temperature)
+
+
+def native(
+    name: str,
+    features: Tensor,
+    bank: Tensor,
+    target: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    temperature: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses [B] and, when asked for, their gradients [B, D], by the function `name` of engine._C.
+
+    Args:
+        target: addresses of what the loss has beside features and bank.
+        sizes: what the function takes beside the rows of features and bank.
+    """
+    losses, gradient = _outputs(features, bank, bank, temperature, with_gradient)
+    features, bank = features.to(losses.dtype).contiguous(), bank.contiguous()
+    _native.function(name, losses.dtype)(
+        features.data_ptr(),
+        *_native.rows(bank),
+        *target,
+        *features.shape[:1],
+        *bank.shape[:1],
+        *sizes,
+        features.shape[1],
+        temperature,
+        losses.data_ptr(),
+        gradient.data_ptr() if with_gradient else 0,
+        torch.get_num_threads(),
+    )
+    return losses, gradient
 
 
 def row_operator(name: str) -> RowOperator:

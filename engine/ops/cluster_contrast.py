@@ -46,6 +46,15 @@ def rows(
     return _contrast.in_blocks(_row_losses, _residual, features, bank, labels, temperature, with_gradient)
 
 
+def cpu(
+    features: Tensor, bank: Tensor, labels: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """csrc/neighbor_contrast.cpp, as the label is the only positive."""
+    labels = labels.contiguous()
+    target, sizes = (labels.data_ptr(),), (1,)
+    return _contrast.native("neighbor_contrast", features, bank, target, sizes, temperature, with_gradient)
+
+
 _operator = _contrast.row_operator("cluster_contrast")
 
 

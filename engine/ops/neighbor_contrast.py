@@ -52,6 +52,15 @@ def rows(
     return _contrast.in_blocks(_row_losses, _residual, features, bank, positives, temperature, with_gradient)
 
 
+def cpu(
+    features: Tensor, bank: Tensor, positives: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """csrc/neighbor_contrast.cpp: an online softmax in one pass over the bank."""
+    positives = positives.contiguous()
+    target, sizes = (positives.data_ptr(),), (positives.shape[1],)
+    return _contrast.native("neighbor_contrast", features, bank, target, sizes, temperature, with_gradient)
+
+
 _operator = _contrast.row_operator("neighbor_contrast")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops import _check, _contrast
+from engine.ops import _check, _contrast, _native
 
 
 def soft_contrast(
@@ -50,6 +50,15 @@ def rows(
 ) -> tuple[Tensor, Tensor]:
     """Losses [B] and their gradients [B, D], in blocks of rows of the definition."""
     return _contrast.in_blocks(_row_losses, _residual, features, bank, weights, temperature, with_gradient)
+
+
+def cpu(
+    features: Tensor, bank: Tensor, weights: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """csrc/soft_contrast.cpp: the scores of a block of rows, then what is left of them once normalised."""
+    weights = weights.contiguous()
+    target = _native.rows(weights)
+    return _contrast.native("soft_contrast", features, bank, target, (), temperature, with_gradient)
 
 
 _operator = _contrast.row_operator("soft_contrast")

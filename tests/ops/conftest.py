@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+from engine.ops import use_backend
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
@@ -14,3 +18,10 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         return native.isa()
     except ValueError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on each back end of the CPU."""
+    with use_backend(request.param):
+        yield request.param

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine import ops
-from engine.ops import _contrast
+from engine.ops import _contrast, use_backend
 
 TEMPERATURE = 0.05
 Loss = Callable[..., Tensor]
@@ -45,6 +45,66 @@ def check_error_budget(name: str, dtype: torch.dtype, target: Tensor, bank_count
             assert actual.dtype == expected.dtype and actual.shape == exact.shape
             budget = 2 * (expected.double() - exact).abs().max() + 1e-6 * exact.abs().max()
             assert (actual.double() - exact).abs().max() <= budget
+
+
+def check_native(name: str, target: Tensor, bank_count: int, width: int, temperature: float = TEMPERATURE) -> None:
+    """C++ stays in the error budget where rows, bank and width end within a block, and half banks are read as they are."""
+    reference = importlib.import_module(f"engine.ops.{name}").reference
+    features = unit_rows(target.shape[0], width, seed=1)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        bank = unit_rows(bank_count, width, seed=2, dtype=dtype)
+        arguments = (target, temperature)
+        truth = value_and_gradient(reference, features.double(), bank.double(), *arguments, reduction="none")
+        plain = value_and_gradient(reference, features, bank, *arguments, reduction="none")
+        with use_backend("cpu"):
+            ours = value_and_gradient(getattr(ops, name), features, bank, *arguments, reduction="none")
+            value = getattr(ops, name)(features, bank, *arguments, reduction="none")
+        assert torch.equal(value, ours[0])  # without a gradient to compute
+        for actual, expected, exact in zip(ours, plain, truth, strict=True):
+            budget = 2 * (expected.double() - exact).abs().max() + 1e-6 * exact.abs().max()
+            assert (actual.double() - exact).abs().max() <= budget
+
+
+def check_thread_counts(name: str, target: Tensor, bank_count: int) -> None:
+    """The same bits for any number of threads, which also sets how many rows a block has."""
+    features, bank = unit_rows(target.shape[0], 67, seed=1), unit_rows(bank_count, 67, seed=2)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with use_backend("cpu"):
+                arguments = (features, bank, target, TEMPERATURE)
+                results.append(value_and_gradient(getattr(ops, name), *arguments, reduction="none"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+def check_extremes(name: str, target: Tensor, bank: Tensor) -> None:
+    """Logits far apart have a softmax; NaN and infinity are not hidden, and stay in their row."""
+    loss = getattr(ops, name)
+    reference = importlib.import_module(f"engine.ops.{name}").reference
+    features = unit_rows(target.shape[0], bank.shape[1], seed=3)
+    for scale in (1e-20, 1.0, 1e3):
+        arguments = (bank.double(), target, TEMPERATURE)
+        exact = value_and_gradient(reference, scale * features.double(), *arguments)
+        for actual, expected in zip(
+            value_and_gradient(loss, scale * features, bank, target, TEMPERATURE), exact, strict=True
+        ):
+            torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-5)
+    for poison in (torch.nan, torch.inf):
+        poisoned = features.clone()
+        poisoned[1, 2] = poison
+        value, gradient = value_and_gradient(loss, poisoned, bank, target, TEMPERATURE, reduction="none")
+        clean, unpoisoned = value_and_gradient(loss, features, bank, target, TEMPERATURE, reduction="none")
+        assert not value[1].isfinite() and not gradient[1].isfinite().all()
+        others = torch.arange(len(features)) != 1
+        assert torch.equal(value[others], clean[others]) and torch.equal(gradient[others], unpoisoned[others])
+        spoiled = bank.clone()
+        spoiled[4, 0] = poison
+        assert not loss(features, spoiled, target, TEMPERATURE).isfinite()
 
 
 def check_gradient(name: str, target: Tensor, bank: Tensor) -> None:

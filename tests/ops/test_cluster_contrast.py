@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from engine.ops import cluster_contrast
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 BANK = checks.unit_rows(9, 7, seed=2)
 LABELS = torch.tensor([0, 3, -1, 8, 3])
 
@@ -77,3 +79,17 @@ def test_labels_out_of_range_are_reported_in_debug_mode(monkeypatch):
     monkeypatch.setenv("ENGINE_DEBUG", "1")
     with pytest.raises(ValueError, match=r"labels must be in \[-1, 9\), got values from -1 to 12"):
         cluster_contrast(checks.unit_rows(5, 7, seed=1), BANK, LABELS + torch.tensor([0, 0, 0, 4, 0]), 0.1)
+
+
+@pytest.mark.parametrize(("row_count", "bank_count", "width"), [(1, 1, 1), (65, 96, 300), (130, 700, 49), (3, 5000, 7)])
+def test_native_paths_stay_in_the_error_budget(isa, row_count, bank_count, width):
+    checks.check_native("cluster_contrast", torch.arange(row_count) * 7 % (bank_count + 1) - 1, bank_count, width)
+
+
+def test_thread_count_does_not_show():
+    row_count, bank_count = 130, 301
+    checks.check_thread_counts("cluster_contrast", torch.arange(row_count) * 7 % (bank_count + 1) - 1, bank_count)
+
+
+def test_extremes_are_neither_lost_nor_spread():
+    checks.check_extremes("cluster_contrast", LABELS, BANK)

@@ -4,7 +4,9 @@ import contrast_checks as checks
 import pytest
 import torch
 
-from engine.ops import neighbor_contrast
+from engine.ops import neighbor_contrast, use_backend
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 BANK = checks.unit_rows(9, 7, seed=2)
 POSITIVES = torch.tensor([[0, 3, -1], [-1, 8, -1], [-1, -1, -1], [5, 4, 0], [2, 2, -1]])
@@ -73,3 +75,26 @@ def test_no_positive_is_no_loss_and_no_gradient(fill):
         value, gradient = checks.value_and_gradient(neighbor_contrast, rows, bank, positives, 0.1)
         assert value == 0 and not gradient.any()
         assert not neighbor_contrast(rows, bank, positives, 0.1, reduction="none").any()
+
+
+@pytest.mark.parametrize(("row_count", "bank_count", "width"), [(1, 1, 1), (65, 96, 300), (130, 700, 49), (3, 5000, 7)])
+def test_native_paths_stay_in_the_error_budget(isa, row_count, bank_count, width):
+    checks.check_native("neighbor_contrast", positives_of(row_count, bank_count), bank_count, width)
+
+
+def test_thread_count_does_not_show():
+    row_count, bank_count = 130, 301
+    checks.check_thread_counts("neighbor_contrast", positives_of(row_count, bank_count), bank_count)
+
+
+def test_extremes_are_neither_lost_nor_spread():
+    checks.check_extremes("neighbor_contrast", POSITIVES, BANK)
+
+
+def test_indices_beyond_the_bank_are_never_read(isa):
+    wild = [-(2**63), 2**63 - 1, -1, 9, 2**40]
+    features, positives = checks.unit_rows(2, 7, seed=1), torch.tensor([[4, *wild], [*wild, wild[0]]])
+    with use_backend("cpu"):
+        loss = neighbor_contrast(features, BANK, positives, 0.1, reduction="none")
+    torch.testing.assert_close(loss[0], neighbor_contrast(features, BANK, positives[:, :1], 0.1, reduction="none")[0])
+    assert loss[1] == 0

@@ -17,6 +17,8 @@ OPERATORS = sorted(set(ops.__all__) - TOOLS - RESULT_TYPES)
 COMMON_SOURCES = {
     "bindings.cpp",
     "components.h",
+    "contrast.cpp",
+    "contrast.h",
     "host_device.h",
     "isa.cpp",
     "isa.h",

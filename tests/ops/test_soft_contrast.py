@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from engine.ops import soft_contrast
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 BANK = checks.unit_rows(9, 7, seed=2)
 WEIGHTS = torch.rand(5, 9, generator=torch.Generator().manual_seed(4))
 
@@ -54,3 +56,24 @@ def test_no_weight_or_no_row_is_no_loss_and_no_gradient():
         weights = torch.zeros(rows.shape[0], bank.shape[0])
         value, gradient = checks.value_and_gradient(soft_contrast, rows, bank, weights, 0.1)
         assert value == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize(("row_count", "bank_count", "width"), [(1, 1, 1), (65, 96, 300), (130, 700, 49), (3, 5000, 7)])
+def test_native_paths_stay_in_the_error_budget(isa, row_count, bank_count, width):
+    checks.check_native(
+        "soft_contrast",
+        torch.rand(row_count, bank_count, generator=torch.Generator().manual_seed(0)),
+        bank_count,
+        width,
+    )
+
+
+def test_thread_count_does_not_show():
+    row_count, bank_count = 130, 301
+    checks.check_thread_counts(
+        "soft_contrast", torch.rand(row_count, bank_count, generator=torch.Generator().manual_seed(0)), bank_count
+    )
+
+
+def test_extremes_are_neither_lost_nor_spread():
+    checks.check_extremes("soft_contrast", WEIGHTS, BANK)
