@@ -11,6 +11,7 @@
 #include "neighbor_contrast.h"
 #include "rank.h"
 #include "rows.h"
+#include "segment_mean.h"
 #include "set_intersection.h"
 #include "set_union.h"
 #include "sinkhorn.h"
@@ -92,6 +93,13 @@ void rank(Address distance, Address query_ids, Address gallery_ids, Address quer
                reinterpret_cast<double*>(precision), reinterpret_cast<double*>(penalty), threads);
 }
 
+template <typename Real>
+void segment_mean(Address features, int storage, Address labels, std::int64_t row_count, std::int64_t width,
+                  std::int64_t segments, Address means) {
+  engine::segment_mean(rows<Real>(features, storage, width), reinterpret_cast<const std::int64_t*>(labels), row_count,
+                       segments, reinterpret_cast<Real*>(means));
+}
+
 void set_intersection(Address a, Address b, std::int64_t rows, std::int64_t a_width, std::int64_t b_width,
                       Address common, int threads) {
   engine::set_intersection(reinterpret_cast<const std::int64_t*>(a), reinterpret_cast<const std::int64_t*>(b), rows,
@@ -149,6 +157,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("neighbor_contrast_float64", &neighbor_contrast<double>, release);
   module.def("rank_float32", &rank<float>, release);
   module.def("rank_float64", &rank<double>, release);
+  module.def("segment_mean_float32", &segment_mean<float>, release);
+  module.def("segment_mean_float64", &segment_mean<double>, release);
   module.def("set_intersection", &set_intersection, release);
   module.def("set_union", &set_union, release);
   module.def("sinkhorn_float32", &sinkhorn<float>, release);

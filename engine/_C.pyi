@@ -103,6 +103,24 @@ def rank_float64(
     penalty: int,
     threads: int,
 ) -> None: ...
+def segment_mean_float32(
+    features: int,
+    storage: int,
+    labels: int,
+    row_count: int,
+    width: int,
+    segments: int,
+    means: int,
+) -> None: ...
+def segment_mean_float64(
+    features: int,
+    storage: int,
+    labels: int,
+    row_count: int,
+    width: int,
+    segments: int,
+    means: int,
+) -> None: ...
 def set_intersection(a: int, b: int, rows: int, a_width: int, b_width: int, common: int, threads: int) -> None: ...
 def set_union(a: int, b: int, rows: int, a_width: int, b_width: int, joined: int, threads: int) -> None: ...
 def sinkhorn_float32(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from engine.ops import _check
+from engine.ops import _check, _native
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
 
@@ -31,7 +33,7 @@ def segment_mean(features: Tensor, labels: Tensor, count: int) -> Tensor:
     _check.size("labels", labels, 0, features.shape[0], "the rows of features")
     _check.count("count", count)
     _check.in_range("labels", labels, count)
-    return pick("segment_mean", features.device)(features, labels, count)
+    return _segment_mean(features, labels, count)
 
 
 def reference(features: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -41,3 +43,47 @@ def reference(features: Tensor, labels: Tensor, count: int) -> Tensor:
     rows = features.to(accumulation_dtype(features))[order]
     sums = torch.segment_reduce(rows, "sum", offsets=offsets, axis=0, unsafe=True)
     return (sums / offsets.diff().clamp(min=1).unsqueeze(1)).to(features.dtype)
+
+
+def cpu(features: Tensor, labels: Tensor, count: int) -> Tensor:
+    """csrc/segment_mean.cpp: the rows read once, in their order, each added to the sum of its label."""
+    dtype = accumulation_dtype(features)
+    rows, labels = features.contiguous(), labels.contiguous()
+    means = rows.new_empty(count, rows.shape[1], dtype=dtype)
+    _native.function("segment_mean", dtype)(
+        *_native.rows(rows),
+        labels.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        count,
+        means.data_ptr(),
+    )
+    return means.to(features.dtype)
+
+
+@torch.library.custom_op("engine::segment_mean", mutates_args=())
+def _segment_mean(features: Tensor, labels: Tensor, count: int) -> Tensor:
+    return pick("segment_mean", features.device)(features, labels, count)
+
+
+@_segment_mean.register_fake
+def _(features: Tensor, labels: Tensor, count: int) -> Tensor:
+    return features.new_empty(count, features.shape[1])
+
+
+def _keep_labels(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: Any, grad_means: Tensor) -> tuple[Tensor, None, None]:
+    """Every row gets the gradient of its mean over the size of its segment."""
+    (labels,) = ctx.saved_tensors
+    count = grad_means.shape[0]
+    segment = torch.where((labels >= 0) & (labels < count), labels, count)  # `count` for those in none
+    sizes = labels.new_zeros(count + 1).index_add_(0, segment, torch.ones_like(segment))[:count]
+    shares = grad_means.to(accumulation_dtype(grad_means)) / sizes.clamp(min=1).unsqueeze(1)
+    nothing = shares.new_zeros(1, shares.shape[1])
+    return torch.cat([shares, nothing]).to(grad_means.dtype)[segment], None, None
+
+
+_segment_mean.register_autograd(_backward, setup_context=_keep_labels)
