@@ -9,6 +9,7 @@
 #include "knn_intersection.h"
 #include "memory_update_.h"
 #include "neighbor_contrast.h"
+#include "propagate.h"
 #include "rank.h"
 #include "rows.h"
 #include "segment_mean.h"
@@ -80,6 +81,15 @@ void neighbor_contrast(Address features, Address bank, int bank_storage, Address
   engine::neighbor_contrast(reinterpret_cast<const Real*>(features), rows<Real>(bank, bank_storage, width),
                             reinterpret_cast<const std::int64_t*>(positives), batch, bank_count, set_size, temperature,
                             reinterpret_cast<Real*>(losses), reinterpret_cast<Real*>(gradients), threads);
+}
+
+template <typename Real>
+void propagate(Address starts, Address columns, Address values, std::int64_t row_count, std::int64_t column_count,
+               Address features, int features_storage, std::int64_t width, Address target, int threads) {
+  const engine::Graph<Real> graph{reinterpret_cast<const std::int64_t*>(starts),
+                                  reinterpret_cast<const std::int64_t*>(columns), reinterpret_cast<const Real*>(values),
+                                  row_count, column_count};
+  engine::propagate(graph, rows<Real>(features, features_storage, width), reinterpret_cast<Real*>(target), threads);
 }
 
 template <typename Real>
@@ -155,6 +165,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("memory_update_float64", &memory_update_<double>, release);
   module.def("neighbor_contrast_float32", &neighbor_contrast<float>, release);
   module.def("neighbor_contrast_float64", &neighbor_contrast<double>, release);
+  module.def("propagate_float32", &propagate<float>, release);
+  module.def("propagate_float64", &propagate<double>, release);
   module.def("rank_float32", &rank<float>, release);
   module.def("rank_float64", &rank<double>, release);
   module.def("segment_mean_float32", &segment_mean<float>, release);

@@ -75,6 +75,30 @@ def neighbor_contrast_float64(
     gradients: int,
     threads: int,
 ) -> None: ...
+def propagate_float32(
+    starts: int,
+    columns: int,
+    values: int,
+    row_count: int,
+    column_count: int,
+    features: int,
+    features_storage: int,
+    width: int,
+    target: int,
+    threads: int,
+) -> None: ...
+def propagate_float64(
+    starts: int,
+    columns: int,
+    values: int,
+    row_count: int,
+    column_count: int,
+    features: int,
+    features_storage: int,
+    width: int,
+    target: int,
+    threads: int,
+) -> None: ...
 def rank_float32(
     distance: int,
     query_ids: int,

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from engine.ops import _check
+from engine.ops import _check, _csr, _native
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, no_autocast
+
+BLOCK_ENTRIES = 1 << 22
+"""Features gathered at a time for the gradient of a graph: 16 MB of float32."""
 
 
 def propagate(csr: Tensor, features: Tensor) -> Tensor:
     """`F'_i = sum_j A_ij F_j` with a sparse graph A: one block of SALCR (Cheng et al., IJCV 2025) Eq. 29.
 
     Args:
-        csr: `[B, N]` `torch.sparse_csr` of a floating dtype.
-        features: `[N, D]` float32, float16, bfloat16 or float64.
+        csr: `[B, N]` `torch.sparse_csr` of a floating dtype; a gradient goes to its values.
+        features: `[N, D]` float32, float16, bfloat16 or float64; a gradient goes here.
 
     Returns:
         `[B, D]` in the dtype of `features`; a row without an entry is zero.
@@ -34,3 +40,68 @@ def reference(csr: Tensor, features: Tensor) -> Tensor:
     dtype = accumulation_dtype(csr, features)
     with no_autocast(features.device):
         return (csr.to(dtype) @ features.to(dtype)).to(features.dtype)
+
+
+def cpu(csr: Tensor, features: Tensor) -> Tensor:
+    """csrc/propagate.cpp: rows collect from a slice of the features that stays in cache."""
+    return _operator(_csr.bounded_starts(csr), csr.col_indices(), csr.values(), features)
+
+
+@torch.library.custom_op("engine::propagate", mutates_args=())
+def _operator(starts: Tensor, columns: Tensor, values: Tensor, features: Tensor) -> Tensor:
+    dtype = accumulation_dtype(values, features)
+    starts, columns, features = starts.contiguous(), columns.contiguous(), features.contiguous()
+    values = values.to(dtype).contiguous()
+    result = features.new_zeros(len(starts) - 1, features.shape[1], dtype=dtype)
+    _native.function("propagate", dtype)(
+        starts.data_ptr(),
+        columns.data_ptr(),
+        values.data_ptr(),
+        result.shape[0],
+        features.shape[0],
+        *_native.rows(features),
+        features.shape[1],
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return result.to(features.dtype)
+
+
+@_operator.register_fake
+def _(starts: Tensor, columns: Tensor, values: Tensor, features: Tensor) -> Tensor:
+    return features.new_empty(len(starts) - 1, features.shape[1])
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    starts, columns, values, features = ctx.saved_tensors
+    place = torch.arange(len(columns), device=columns.device)
+    rows = torch.searchsorted(starts, place, right=True) - 1
+    stored = (rows >= 0) & (rows < len(starts) - 1) & (columns >= 0) & (columns < features.shape[0])
+    rows = torch.where(stored, rows, 0)
+    to_values = to_features = None
+    if ctx.needs_input_grad[2]:
+        products = _row_products(gradient, rows, features, torch.where(stored, columns, 0))
+        to_values = torch.where(stored, products, 0).to(values.dtype)
+    if ctx.needs_input_grad[3]:  # the product with the transposed graph
+        columns, order = torch.where(stored, columns, features.shape[0]).sort(stable=True)
+        bounds = torch.arange(features.shape[0] + 1, device=columns.device)
+        turned = torch.searchsorted(columns, bounds), rows[order], values[order]
+        to_features = _operator(*turned, gradient)
+    return None, None, to_values, to_features
+
+
+_operator.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+def _row_products(one: Tensor, rows: Tensor, other: Tensor, other_rows: Tensor) -> Tensor:
+    """The inner products of `one[rows]` with `other[other_rows]`, `[entries]`, in blocks."""
+    if min(len(one), len(other)) == 0:
+        return one.new_zeros(len(rows))  # there is no row to take
+    dtype = accumulation_dtype(one, other)
+    block = max(1, BLOCK_ENTRIES // max(1, one.shape[1]))
+    pairs = zip(rows.split(block), other_rows.split(block), strict=True)
+    return torch.cat([(one[left].to(dtype) * other[right].to(dtype)).sum(dim=1) for left, right in pairs])

@@ -46,7 +46,7 @@ def stored(csr: Tensor, otherwise: float = 0.0) -> Tensor:
 
 
 def same_bits_for_any_thread_count(run: Callable[[], Any]) -> None:
-    """`run` gives tensors; they are the same to the bit on one, two and three threads."""
+    """`run` gives tensors; they are the same to the bit on one thread, on two and on three."""
     before = torch.get_num_threads()
     results = []
     try:
@@ -55,6 +55,6 @@ def same_bits_for_any_thread_count(run: Callable[[], Any]) -> None:
             results.append(run())
     finally:
         torch.set_num_threads(before)
-    for result in results[1:]:
-        for first, second in zip(results[0], result, strict=True):
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
             assert torch.equal(first, second)
