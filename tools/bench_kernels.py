@@ -1,472 +1,214 @@
 """Times the back ends of engine.ops against each other and against what the field runs.
 
-    python tools/bench_kernels.py [--quick] [--op NAME ...] [--backend NAME ...] [--json FILE]
+    python tools/bench_kernels.py [--quick] [--op NAME ...] [--size NAME] [--backend NAME ...] [--dtype NAME ...]
+        [--memory] [--scale] [--json FILE] [--markdown FILE] [--plot FILE]
 
-A contender is timed only after its result agreed with the reference. Calls of all contenders alternate, so that a
-change of the machine's load meets all alike; a row gives the median and the quartiles.
+Without an option it measures every operator at the sizes of SYSU-MM01, beside all peers that are installed
+(`pip install -e .[bench]`), in about twenty minutes on two cores; `--quick` in two. A row gives the median and the
+quartiles, counted work over time, and how many times faster the engine is. `--scale` fits how cost grows instead.
+
+The page of the repository is made by
+
+    python tools/bench_kernels.py --json docs/benchmarks.json --markdown docs/benchmarks.md --plot docs/benchmarks.png
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
+import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when OpenMP is loaded: threads that wait leave the core
+
 import torch
-from sklearn.cluster import DBSCAN
-from torch import Tensor
-from torch.nn import functional as F
-
-from engine import info, ops
-
-Array: TypeAlias = npt.NDArray[Any]
-
-ROUNDS = 15
-SECONDS_PER_SAMPLE = 0.02
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operator at one size.
-
-    Attributes:
-        size: for the table.
-        inputs: makes fresh arguments, the same ones at every call.
-        call: runs the operator on them.
-        peers: by name, what others run instead, on the same arguments.
-    """
-
-    size: str
-    inputs: Callable[[], tuple[Any, ...]]
-    call: Callable[..., Any]
-    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one contender on one case."""
-
-    op: str
-    size: str
-    contender: str
-    median: float
-    low: float
-    high: float
-
-
-def unit_rows(count: int, width: int, seed: int = 0, device: str = "cpu") -> Tensor:
-    """`[count, width]` random unit rows."""
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, width, generator=generator)).to(device)
-
-
-def integers(high: int, shape: tuple[int, ...], device: str, low: int = 0) -> Tensor:
-    """Random int64 in [low, high)."""
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(1)).to(device)
-
-
-def forward_and_backward(loss: Callable[..., Tensor], features: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """A training step's share of a loss: value and gradient."""
-    features = features.detach().requires_grad_()
-    value = loss(features, *rest)
-    value.backward()
-    return value.detach(), features.grad
-
-
-def torch_cluster_contrast(features: Tensor, bank: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """What the field writes."""
-    return F.cross_entropy(features @ bank.T / temperature, labels)
-
-
-def torch_neighbor_contrast(features: Tensor, bank: Tensor, positives: Tensor, temperature: float) -> Tensor:
-    """What the field writes: both sums over the full logits."""
-    logits = features @ bank.T / temperature
-    mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, positives, True)
-    return (logits.logsumexp(1) - logits.masked_fill(~mask, -torch.inf).logsumexp(1)).mean()
-
-
-def python_loop_update(bank: Tensor, features: Tensor, labels: Tensor, momentum: float) -> Tensor:
-    """What the field writes: one row after the other."""
-    for feature, label in zip(features, labels.tolist(), strict=True):
-        bank[label] = momentum * bank[label] + (1 - momentum) * feature
-        bank[label] /= bank[label].norm()
-    return bank
-
-
-def torch_topk(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Chunked product and `torch.topk`."""
-    chunks = [(chunk @ bank.T).topk(k, dim=1) for chunk in queries.split(512)]
-    values, indices = zip(*chunks, strict=True)
-    return torch.cat(values), torch.cat(indices)
-
-
-def torch_linear_sinkhorn(cost: Tensor, reg: float, iterations: int = 10) -> Tensor:
-    """What the field writes, where no entry of the kernel underflows."""
-    rows, columns = cost.shape
-    kernel = (-cost / reg).exp()
-    v = torch.full((columns,), 1 / columns, device=cost.device)
-    for _ in range(iterations - 1):
-        u = 1 / rows / (kernel @ v)
-        v = 1 / columns / (kernel.T @ u)
-    return v.log()
-
-
-def torch_log_sinkhorn(cost: Tensor, reg: float, iterations: int = 10) -> Tensor:
-    """The same in the log domain."""
-    rows, columns = cost.shape
-    scaled = -cost / reg
-    log_v = torch.full((columns,), -math.log(columns), device=cost.device)
-    for _ in range(iterations - 1):
-        log_u = -math.log(rows) - (scaled + log_v).logsumexp(1, keepdim=True)
-        log_v = -math.log(columns) - (scaled + log_u).logsumexp(0)
-    return log_v
-
-
-def python_rank(distance: Tensor, query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
-    """What the field writes: a sort of all distances, then one query after the other."""
-    order = np.argsort(distance.numpy(), axis=1)
-    matches = gallery_ids.numpy()[order] == query_ids.numpy()[:, None]
-    curves, precisions, penalties = [], [], []
-    for match in matches:
-        if not match.any():
-            continue
-        hits = match.cumsum()
-        curves.append((hits > 0)[:20])
-        places = np.flatnonzero(match) + 1
-        penalties.append(hits[-1] / places[-1])
-        precision = np.asarray([count / place for place, count in enumerate(hits, 1)])
-        precisions.append((precision * match).sum() / hits[-1])
-    scores = np.mean(precisions), np.mean(penalties)
-    return torch.from_numpy(np.concatenate([np.mean(curves, axis=0), scores]))
-
-
-def numpy_jaccard(features: Array, rank: Array, k1: int, k2: int) -> Array:
-    """What the field writes, after the search for neighbours: a loop over the rows for each step, N x N matrices."""
-    count = len(features)
-
-    def reciprocal(row: int, k: int) -> Array:
-        forward = rank[row, :k]
-        return forward[(rank[forward, :k] == row).any(axis=1)]
-
-    near = [reciprocal(row, k1) for row in range(count)]
-    half = [reciprocal(row, round(k1 / 2) + 1) for row in range(count)]
-    weights = np.zeros((count, count), dtype=np.float32)
-    for row in range(count):
-        sets = [half[other] for other in near[row]]
-        joining = [members for members in sets if 3 * len(np.intersect1d(members, near[row])) > 2 * len(members)]
-        members = np.unique(np.concatenate([near[row], *joining]))
-        shares = np.exp(2 * features[members] @ features[row] - 2)
-        weights[row, members] = shares / shares.sum()
-    weights = np.stack([weights[rank[row, :k2]].mean(axis=0) for row in range(count)])
-    holders = [np.flatnonzero(weights[:, column]) for column in range(count)]
-    distance = np.zeros_like(weights)
-    for row in range(count):
-        shared = np.zeros(count, dtype=np.float32)
-        for column in np.flatnonzero(weights[row]):
-            others = holders[column]
-            shared[others] += np.minimum(weights[row, column], weights[others, column])
-        distance[row] = 1 - shared / (2 - shared)
-    return distance.clip(min=0)
-
-
-def numpy_clusters(features: Tensor) -> Tensor:
-    """What the field runs to cluster: `numpy_jaccard` and scikit-learn on the dense matrix."""
-    rows, rank = features.cpu().numpy(), torch_topk(features, features, 30)[1].cpu().numpy()
-    distance = numpy_jaccard(rows, rank, 30, 6)
-    labels = DBSCAN(eps=0.6, min_samples=4, metric="precomputed", n_jobs=-1).fit(distance).labels_
-    return torch.from_numpy(labels).to(features.device)
-
-
-def batch_size(quick: bool) -> tuple[int, int, int, int]:
-    """Rows of a batch, clusters, rows of an instance bank, width."""
-    return (64, 50, 1000, 256) if quick else (256, 800, 34167, 2048)
-
-
-def data_size(quick: bool) -> tuple[int, int, int]:
-    """Visible rows, infrared rows, width."""
-    return (600, 400, 128) if quick else (4096, 2048, 2048)
-
-
-def cluster_contrast_cases(quick: bool, device: str) -> Iterator[Case]:
-    batch, clusters, _, width = batch_size(quick)
-    arguments = (
-        unit_rows(batch, width, 1, device),
-        unit_rows(clusters, width, 2, device),
-        integers(clusters, (batch,), device),
-        0.05,
-    )
-    yield Case(
-        f"{batch} x {clusters} x {width} fwd+bwd",
-        lambda: arguments,
-        partial(forward_and_backward, ops.cluster_contrast),
-        {"torch eager": partial(forward_and_backward, torch_cluster_contrast)},
-    )
-
-
-def neighbor_contrast_cases(quick: bool, device: str) -> Iterator[Case]:
-    batch, _, instances, width = batch_size(quick)
-    features, bank = unit_rows(batch, width, 1, device), unit_rows(instances, width, 2, device)
-    positives = ops.topk(features, bank, 10)[1]
-    yield Case(
-        f"{batch} x {instances} x {width} fwd+bwd",
-        lambda: (features, bank, positives, 0.05),
-        partial(forward_and_backward, ops.neighbor_contrast),
-        {"torch eager": partial(forward_and_backward, torch_neighbor_contrast)},
-    )
-
-
-def soft_contrast_cases(quick: bool, device: str) -> Iterator[Case]:
-    batch, clusters, _, width = batch_size(quick)
-    features, bank = unit_rows(batch, width, 1, device), unit_rows(clusters, width, 2, device)
-    weights = (features @ bank.T * 10).softmax(dim=1)
-    yield Case(
-        f"{batch} x {clusters} x {width} fwd+bwd",
-        lambda: (features, bank, weights, 0.05),
-        partial(forward_and_backward, ops.soft_contrast),
-    )
-
-
-def memory_update_cases(quick: bool, device: str) -> Iterator[Case]:
-    batch, clusters, _, width = batch_size(quick)
-    bank, features = unit_rows(clusters, width, 1, device), unit_rows(batch, width, 2, device)
-    labels = integers(clusters, (batch,), device)
-    yield Case(
-        f"{batch} x {clusters} x {width}",
-        lambda: (bank.clone(), features, labels, 0.1),
-        ops.memory_update_,
-        {"python loop": python_loop_update},
-    )
-
-
-def topk_cases(quick: bool, device: str) -> Iterator[Case]:
-    rows, _, width = data_size(quick)
-    bank = unit_rows(rows, width, 1, device)
-    yield Case(f"{rows} x {rows} x {width}, k 30", lambda: (bank, bank, 30), ops.topk, {"torch chunked": torch_topk})
-
-
-def knn_intersection_cases(quick: bool, device: str) -> Iterator[Case]:
-    batch, _, instances, width = batch_size(quick)
-    views = unit_rows(2 * batch, width, 1, device).view(2, batch, width)
-    bank = unit_rows(instances, width, 2, device)
-    yield Case(f"2 x {batch} x {instances} x {width}, k 30", lambda: (views, bank, 30), ops.knn_intersection)
-
-
-def set_cases(operator: Callable[..., Tensor], quick: bool, device: str) -> Iterator[Case]:
-    batch = 64 if quick else 1296
-    sets = integers(1000, (2, batch, 30), device, low=-1)
-    yield Case(f"{batch} x 30 and 30", lambda: (sets[0], sets[1]), operator)
-
-
-def affinity_cases(quick: bool, device: str) -> Iterator[Case]:
-    rows, others, width = data_size(quick)
-    queries, bank = unit_rows(rows, width, 1, device), unit_rows(others, width, 2, device)
-    yield Case(f"{rows} x {others} x {width}, k 30", lambda: (queries, bank, 30), ops.affinity)
-
-
-def propagate_cases(quick: bool, device: str) -> Iterator[Case]:
-    rows, others, width = data_size(quick)
-    features = unit_rows(others, width, 2, device)
-    csr = ops.affinity(unit_rows(rows, width, 1, device), features, 30)
-    yield Case(f"{rows} x {others} x {width}, k 30", lambda: (csr, features), ops.propagate)
-
-
-def cmfp_cases(quick: bool, device: str) -> Iterator[Case]:
-    rows, others, width = data_size(quick)
-    vis, ir = unit_rows(rows, width, 1, device), unit_rows(others, width, 2, device)
-    yield Case(f"{rows} + {others} x {width}, k 30", lambda: (vis, ir, 30), ops.cmfp)
-
-
-def jaccard_cases(quick: bool, device: str) -> Iterator[Case]:
-    rows, _, width = data_size(quick)
-    features = people(rows, width, device)
-    yield Case(f"{rows} x {width}", lambda: (features,), ops.jaccard)
-
-
-def dbscan_cases(quick: bool, device: str) -> Iterator[Case]:
-    rows, _, width = data_size(quick)
-    distance = ops.jaccard(people(rows, width, device))
-    yield Case(f"{rows}, {distance.values().numel()} entries", lambda: (distance, 0.6), ops.dbscan)
-    fewer = people(min(rows, 2048), width, device)
-    yield Case(
-        f"{len(fewer)} x {width} with jaccard",
-        lambda: (fewer,),
-        lambda features: ops.dbscan(ops.jaccard(features), 0.6),
-        {"numpy loops": numpy_clusters},
-    )
-
-
-def segment_mean_cases(quick: bool, device: str) -> Iterator[Case]:
-    rows, _, width = data_size(quick)
-    features, labels = unit_rows(rows, width, 1, device), integers(100, (rows,), device, low=-1)
-    yield Case(f"{rows} x {width}, 100 segments", lambda: (features, labels, 100), ops.segment_mean)
-
-
-def sinkhorn_cases(quick: bool, device: str) -> Iterator[Case]:
-    rows, clusters = (400, 50) if quick else (11909, 800)
-    cost = 2 - 2 * unit_rows(rows, 64, 1, device) @ unit_rows(clusters, 64, 2, device).T
-    yield Case(
-        f"{rows} x {clusters}, 10 iterations",
-        lambda: (cost, 0.2),
-        lambda cost, reg: ops.sinkhorn(cost, reg, max_iter=10, tol=0).log_v,
-        {"torch linear": torch_linear_sinkhorn, "torch log": torch_log_sinkhorn},
-    )
-
-
-def ot_assign_cases(quick: bool, device: str) -> Iterator[Case]:
-    rows, clusters, width = (400, 50, 64) if quick else (11909, 800, 2048)
-    features, prototypes = unit_rows(rows, width, 1, device), unit_rows(clusters, width, 2, device)
-    yield Case(f"{rows} x {clusters} x {width}", lambda: (features, prototypes, 0.2), ops.ot_assign)
-
-
-def rank_cases(quick: bool, device: str) -> Iterator[Case]:
-    def scores(*arguments: Tensor) -> Tensor:
-        result = ops.rank(*arguments)
-        return torch.cat([result.cmc, result.cmc.new_tensor([result.mAP, result.mINP])])
-
-    peers = {"field's Python": python_rank} if device == "cpu" else {}
-    for queries, gallery, identities in [(200, 100, 50)] if quick else [(3803, 301, 96), (2060, 2060, 206)]:
-        distance = torch.rand(queries, gallery, generator=torch.Generator().manual_seed(0)).to(device)
-        ids = integers(identities, (queries + gallery,), device)
-        inputs = (distance, ids[:queries], ids[queries:])
-        yield Case(f"{queries} x {gallery}", lambda inputs=inputs: inputs, scores, peers)
-
-
-def people(count: int, width: int, device: str) -> Tensor:
-    """Unit rows in groups of sixteen, as features of people are."""
-    centres = unit_rows(-(-count // 16), width, 1, device).repeat_interleave(16, dim=0)[:count]
-    return F.normalize(centres + 0.7 * unit_rows(count, width, 2, device))
-
-
-CASES: dict[str, Callable[[bool, str], Iterator[Case]]] = {
-    "affinity": affinity_cases,
-    "cluster_contrast": cluster_contrast_cases,
-    "cmfp": cmfp_cases,
-    "dbscan": dbscan_cases,
-    "jaccard": jaccard_cases,
-    "knn_intersection": knn_intersection_cases,
-    "memory_update_": memory_update_cases,
-    "neighbor_contrast": neighbor_contrast_cases,
-    "ot_assign": ot_assign_cases,
-    "propagate": propagate_cases,
-    "rank": rank_cases,
-    "segment_mean": segment_mean_cases,
-    "set_intersection": partial(set_cases, ops.set_intersection),
-    "set_union": partial(set_cases, ops.set_union),
-    "sinkhorn": sinkhorn_cases,
-    "soft_contrast": soft_contrast_cases,
-    "topk": topk_cases,
-}
-
-
-def contenders(op: str, case: Case, wanted: list[str] | None, device: str) -> dict[str, Callable[..., Any]]:
-    """By name: every back end of `op` that runs on the device, the reference first, then the peers."""
-    names = ["reference", "cpu"] if device == "cpu" else ["reference", "triton", "cuda"]
-    runnable = [name for name in names if ops.backends(op)[name] is None and (wanted is None or name in wanted)]
-    return {name: partial(on_backend, name, case.call) for name in runnable} | case.peers
-
-
-def on_backend(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    with ops.use_backend(name):
-        return call(*arguments)
-
-
-def check(op: str, case: Case, calls: dict[str, Callable[..., Any]]) -> None:
-    """Every contender gives what the reference gives, or the benchmark ends."""
-    expected = on_backend("reference", case.call, *case.inputs())
-    for name, call in calls.items():
-        try:
-            torch.testing.assert_close(call(*case.inputs()), expected, rtol=1e-3, atol=1e-4)
-        except AssertionError as error:
-            sys.exit(f"{op}, {case.size}: {name} is wrong, so nothing is timed\n{error}")
-
-
-def measure(op: str, case: Case, calls: dict[str, Callable[..., Any]], device: str, rounds: int) -> list[Timing]:
-    """Alternate the contenders for some rounds; each sample is the mean of as many calls as fill a few milliseconds."""
-    inputs = {name: case.inputs() for name in calls}
-    repeats = {
-        name: max(1, int(SECONDS_PER_SAMPLE / sample(call, inputs[name], 1, device))) for name, call in calls.items()
-    }
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            samples[name].append(1e3 * sample(call, inputs[name], repeats[name], device))
-    return [Timing(op, case.size, name, *spread(values)) for name, values in samples.items()]
-
-
-def sample(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int, device: str) -> float:
-    """Mean seconds of one call."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call(*arguments)
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return median, low, high
-
-
-def header(device: str) -> dict[str, str]:
-    """What a reader needs to judge the numbers."""
-    machine = info.cpu_name() if device == "cpu" else torch.cuda.get_device_name()
-    return {
-        "machine": machine,
-        "commit": info.commit() or "unknown",
-        "threads": str(torch.get_num_threads()),
-        **info.versions(),
-    }
-
-
-def main() -> None:
+from bench_cases import CASES, SIZES, grown
+from bench_measure import (
+    AUTOMATIC,
+    Ceiling,
+    Row,
+    Settings,
+    contenders,
+    gate,
+    measure_ceiling,
+    run_case,
+    sample,
+)
+from bench_report import Growth, cells, growth_lines, line, markdown, plot, title_line, write_json
+
+from engine import info
+from engine.ops._backend import BACKENDS
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+PEER_PACKAGES = ("faiss-cpu", "pot", "geomloss")
+POLICIES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "OPENBLAS_CORETYPE", "ENGINE_ISA")
+GROWING = ("topk", "jaccard", "dbscan", "cmfp", "sinkhorn", "neighbor_contrast", "propagate", "segment_mean", "rank")
+COUNTS = tuple(1000 * 2**power for power in range(1, 7))
+PATIENCE = 30.0
+"""Seconds that a call of `--scale` may take."""
+
+
+def parse(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run and agree?")
-    parser.add_argument("--op", nargs="+", choices=sorted(CASES), default=sorted(CASES), metavar="NAME")
-    parser.add_argument("--backend", nargs="+", choices=("reference", "cpu", "triton", "cuda"), metavar="NAME")
+    parser.add_argument("--op", nargs="+", choices=sorted(CASES), metavar="NAME", help="operators; all by default")
+    parser.add_argument("--size", choices=tuple(SIZES), help="whose shapes; sysu by default")
+    parser.add_argument(
+        "--backend",
+        nargs="+",
+        choices=(*BACKENDS, AUTOMATIC),
+        metavar="NAME",
+        help=f"only these of {', '.join(BACKENDS)}, {AUTOMATIC}",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="NAME", help=", ".join(DTYPES)
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="write header and timings to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--threads", type=int, help="of every contender; all cores by default")
+    parser.add_argument("--no-peers", action="store_true", help="back ends alone")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of all contenders")
+    parser.add_argument("--budget", type=float, help="seconds for the rounds of a case")
+    parser.add_argument("--scale", action="store_true", help=f"how cost grows, N = {COUNTS[0]} ... {COUNTS[-1]}")
+    parser.add_argument("--json", type=Path, help="write header and rows to this file")
+    parser.add_argument("--markdown", type=Path, help="write the page")
+    parser.add_argument("--plot", type=Path, help="draw the speed-ups")
+    return parser.parse_args(given)
 
-    facts = header(arguments.device)
+
+def header(given: list[str], device: str, ceiling: Ceiling) -> dict[str, str]:
+    """What a reader needs to judge the numbers."""
+    facts = {
+        "command": shlex.join(["python", "tools/bench_kernels.py", *given]),
+        "commit": info.commit() or "unknown",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": info.cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
+        "cores": str(os.cpu_count()),
+        "instructions": instructions(),
+        "threads": str(torch.get_num_threads()),
+        "load at start": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
+        "torch.mm": f"{ceiling.gflops:.0f} GFLOP/s",
+        "copy": f"{ceiling.gbytes:.1f} GB/s",
+        **info.versions(),
+        **{name: version(name) for name in PEER_PACKAGES},
+    }
+    return facts | {name: os.environ[name] for name in POLICIES if name in os.environ}
+
+
+def instructions() -> str:
+    """Which vector instructions the C++ back end uses here."""
+    try:
+        from engine import _C
+    except ImportError:
+        return "C++ back end not built"
+    return _C.isa()
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def settings_of(arguments: argparse.Namespace, dtype: str) -> Settings:
+    size = SIZES["quick" if arguments.quick else arguments.size or "sysu"]
+    budget = arguments.budget or (1.0 if size.name == "quick" else 20.0)
+    return Settings(
+        size=size,
+        device=arguments.device,
+        dtype=getattr(torch, dtype),
+        threads=torch.get_num_threads(),
+        backends=tuple(arguments.backend) if arguments.backend else None,
+        peers=not arguments.no_peers,
+        budget=budget,
+        memory=arguments.memory,
+    )
+
+
+def compare(arguments: argparse.Namespace, ceiling: Ceiling) -> list[Row]:
+    """Every case of every operator, shown as it is done."""
+    print(title_line(), flush=True)
+    rows: list[Row] = []
+    for dtype in arguments.dtype:
+        settings = settings_of(arguments, dtype)
+        for op in arguments.op or sorted(CASES):
+            for index, case in enumerate(CASES[op](settings.size, settings.make)):
+                found = run_case(case, index, settings, ceiling)
+                print(*map(line, map(cells, found)), sep="\n", flush=True)
+                rows += found
+    return rows
+
+
+def grow(arguments: argparse.Namespace) -> list[Growth]:
+    """Every form of every operator at growing sizes; results are compared with the reference at the smallest."""
+    growths = []
+    settings = replace(settings_of(arguments, arguments.dtype[0]), peers=False)
+    for op in arguments.op or GROWING:
+        points: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for count in COUNTS:
+            for case in CASES[op](grown(count), settings.make):
+                for contender in contenders(case, settings)[: None if arguments.backend else 1]:
+                    times = points.setdefault((case.form, contender.name), [])
+                    if count == COUNTS[0]:
+                        gate(case, [contender], settings)
+                    elif 5 * times[-1][1] > 1e3 * PATIENCE:  # doubling N makes up to four times as many pairs
+                        continue
+                    times.append((count, 1e3 * typical(contender.call, case.inputs(), settings.device)))
+        found = [Growth(op, form, name, times, exponent(times)) for (form, name), times in points.items()]
+        print(*growth_lines(found), sep="\n", flush=True)
+        growths += found
+    return growths
+
+
+def typical(call: Callable[..., Any], arguments: tuple[Any, ...], device: str) -> float:
+    """Seconds of a call: the median of five samples after a first one, or the first where it is long."""
+    times = [sample(call, arguments, 1, device)]
+    if times[0] < 5:
+        times = [sample(call, arguments, max(1, int(0.02 / times[0])), device) for _ in range(5)]
+    return sorted(times)[len(times) // 2]
+
+
+def exponent(points: list[tuple[int, float]]) -> float | None:
+    """The slope of log time over log N by least squares."""
+    if len(points) < 2:
+        return None
+    x, y = zip(*((math.log(count), math.log(milliseconds)) for count, milliseconds in points), strict=True)
+    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - x_mean) ** 2 for a in x)
+
+
+def main(given: list[str]) -> None:
+    arguments = parse(given)
+    if arguments.plot:
+        import matplotlib  # noqa: F401  # before minutes of work, not after them
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    start = time.perf_counter()
+    ceiling = measure_ceiling(arguments.device, side=1024 if arguments.quick else 4096)
+    facts = header(given, arguments.device, ceiling)
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", end="\n\n")
-    print(f"{'operator':<18}{'size':<32}{'contender':<15}{'median ms':>10}  {'quartiles':<20}{'x reference':>11}")
-    timings: list[Timing] = []
-    for op in arguments.op:
-        for case in CASES[op](arguments.quick, arguments.device):
-            calls = contenders(op, case, arguments.backend, arguments.device)
-            check(op, case, calls)
-            rows = measure(op, case, calls, arguments.device, 3 if arguments.quick else ROUNDS)
-            report(rows)
-            timings += rows
+    try:
+        rows, growths = ([], grow(arguments)) if arguments.scale else (compare(arguments, ceiling), [])
+    except AssertionError as error:
+        sys.exit(str(error))
+    facts["duration"] = f"{(time.perf_counter() - start) / 60:.1f} minutes"
     if arguments.json:
-        arguments.json.write_text(json.dumps({"header": facts, "timings": [asdict(row) for row in timings]}, indent=1))
-
-
-def report(rows: list[Timing]) -> None:
-    """One line per contender, with its speed over the reference."""
-    reference = next((row.median for row in rows if row.contender == "reference"), None)
-    for row in rows:
-        ratio = f"{reference / row.median:.2f}" if reference else "-"
-        quartiles = f"{row.low:.3f} - {row.high:.3f}"
-        print(f"{row.op:<18}{row.size:<32}{row.contender:<15}{row.median:>10.3f}  {quartiles:<20}{ratio:>11}")
+        write_json(arguments.json, facts, ceiling, rows, growths)
+    if arguments.plot:
+        plot(arguments.plot, facts, rows)
+    if arguments.markdown:
+        picture = os.path.relpath(arguments.plot, arguments.markdown.parent) if arguments.plot else None
+        arguments.markdown.write_text(markdown(facts, rows, growths, picture))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

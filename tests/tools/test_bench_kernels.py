@@ -1,49 +1,214 @@
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from engine import info
+from engine import info, ops
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_kernels.py"
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import bench_cases
+import bench_kernels
+import bench_measure
+import bench_report
+from bench_peers import Peer
+
+SMALL = replace(bench_cases.SIZES["quick"], vis=150, ir=90, queries=50, rankings=((60, 40, 20),))
+QUICK = bench_measure.Settings(SMALL, "cpu", torch.float32, threads=1, budget=0.0)
+CEILING = bench_measure.Ceiling(gflops=100.0, gbytes=10.0)
+ROW = bench_measure.Row(
+    *("topk", "self", "4 x 2", "float32", "faiss"),
+    samples=3,
+    median=2.0,
+    low=1.0,
+    high=3.0,
+    gflops=1.5,
+    gbytes=0.25,
+    ceiling=0.5,
+    speedup=4.0,
+    goal=3.2,
+)
+OURS = replace(ROW, contender="cpu", ours=True, memory=2_000_000, speedup=1.0, goal=None, memory_goal=1e6)
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_kernels", TOOL)
-    module = sys.modules["bench_kernels"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def cases_of(op, settings=QUICK):
+    return bench_cases.CASES[op](settings.size, settings.make)
 
 
-def test_every_operator_has_a_row(bench):
-    assert sorted(bench.CASES) == info.operator_names()
+def test_every_operator_has_a_case():
+    assert sorted(bench_cases.CASES) == info.operator_names()
 
 
-def test_back_ends_and_peers_are_timed_once_they_agree(bench, monkeypatch, tmp_path, capsys):
-    path = tmp_path / "timings.json"
-    monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--op", "memory_update_", "topk", "--json", str(path)])
-    bench.main()
-    written = json.loads(path.read_text())
-    rows = {(row["op"], row["contender"]) for row in written["timings"]}
-    assert rows == {
-        ("memory_update_", "reference"),
-        ("memory_update_", "cpu"),
-        ("memory_update_", "python loop"),
-        ("topk", "reference"),
-        ("topk", "cpu"),
-        ("topk", "torch chunked"),
+@pytest.mark.parametrize("op", sorted(bench_cases.CASES))
+def test_back_ends_and_peers_agree_with_the_reference(op):
+    for case in cases_of(op):
+        found = [c for c in bench_measure.contenders(case, QUICK) if not (c.peer and c.peer.compiles)]
+        assert case.op == op
+        assert {"reference"} < {contender.name for contender in found}
+        bench_measure.gate(case, found, QUICK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", sorted(bench_cases.CASES))
+def test_back_ends_agree_in_every_dtype(op, dtype):
+    settings = replace(QUICK, dtype=dtype, peers=dtype == torch.float64)
+    for case in cases_of(op, settings):
+        found = [c for c in bench_measure.contenders(case, settings) if not (c.peer and c.peer.compiles)]
+        bench_measure.gate(case, found, settings)
+
+
+@pytest.mark.parametrize("op", sorted(bench_cases.CASES))
+def test_every_case_counts_its_work(op):
+    for case in cases_of(op):
+        assert case.bytes > 0 and case.flops >= 0
+        assert set(case.goals) <= set(case.peers)
+
+
+def test_work_is_counted_once():
+    itself, rectangle = cases_of("topk")
+    assert itself.flops == 150 * 151 * 128  # every pair once, with itself too
+    assert rectangle.flops == 2 * 50 * 150 * 128
+    assert rectangle.bytes == (50 + 150) * 128 * 4 + 50 * 30 * (4 + 8)
+
+
+def test_a_wrong_contender_is_not_timed():
+    case = next(cases_of("memory_update_"))
+    sloppy = bench_measure.Contender("sloppy", lambda bank, *_: bank)
+    with pytest.raises(AssertionError, match="memory_update_ .*: sloppy is wrong, so nothing is timed"):
+        bench_measure.gate(case, [sloppy], QUICK)
+
+
+def test_a_neighbour_that_is_not_the_nearest_is_wrong():
+    case = next(cases_of("topk"))
+    queries, bank, k = case.inputs()
+    values, indices = ops.topk(queries, bank, k)
+    case.agree(case.inputs(), (values, indices), (values, indices), 1e-4)
+    farthest = (queries[0] @ bank.T).argmin()
+    wrong_values, wrong = values.clone(), indices.clone()
+    wrong[0, -1], wrong_values[0, -1] = farthest, queries[0] @ bank[farthest]
+    with pytest.raises(AssertionError, match="a nearer neighbour is missing"):
+        case.agree(case.inputs(), (values, indices), (wrong_values, wrong), 1e-4)
+    wrong[0, -1], wrong_values[0, -1] = indices[0, 0], values[0, 0]
+    with pytest.raises(AssertionError, match="twice"):
+        case.agree(case.inputs(), (values, indices), (wrong_values, wrong), 1e-4)
+
+
+def test_a_sparse_entry_too_few_or_too_far_off_is_wrong():
+    graph = torch.eye(4).to_sparse_csr()
+    bench_cases.sparse((), graph, graph.clone(), 1e-4)
+    for other in (torch.eye(4).fill_diagonal_(0.9), torch.eye(4) * torch.tensor([1.0, 1, 1, 0])):
+        with pytest.raises(AssertionError, match="entries differ"):
+            bench_cases.sparse((), graph, other.to_sparse_csr(), 1e-4)
+
+
+def test_a_peer_that_is_missing_says_so():
+    case = replace(next(cases_of("memory_update_")), peers={"other": Peer(lambda: None, package="not_there")})
+    *_, row = bench_measure.run_case(case, 0, QUICK, CEILING)
+    assert (row.contender, row.missing, row.median) == ("other", "not installed (pip install -e .[bench])", None)
+    assert "not installed" in bench_report.line(bench_report.cells(row))
+
+
+def test_the_engine_s_own_choice_is_compared_with_the_others():
+    case = next(cases_of("memory_update_"))
+    first, *others = bench_measure.run_case(case, 0, QUICK, CEILING)
+    assert first.ours and first.speedup == 1
+    assert not any(row.ours for row in others)
+    for row in (first, *others):
+        assert row.speedup == pytest.approx(row.median / first.median)
+        assert row.gbytes == pytest.approx(1e-6 * case.bytes / row.median)
+        assert row.low <= row.median <= row.high
+
+
+def test_the_memory_of_a_call_is_what_it_takes_beside_its_result():
+    def call(rows):
+        return torch.ones(40, 1 << 18).sum(dim=0) + rows
+
+    _, memory, result = bench_measure.weigh(call, (torch.zeros(1 << 18),), "cpu")
+    if memory is None:
+        pytest.skip("the system does not tell the peak")
+    assert result[0] == 40
+    assert 38 << 20 <= memory <= 48 << 20  # the kernel counts pages in batches
+
+
+def test_the_exponent_is_the_slope_in_logarithms():
+    assert bench_kernels.exponent([(1000, 1.0), (2000, 4.0), (4000, 16.0)]) == pytest.approx(2)
+    assert bench_kernels.exponent([(1000, 1.0)]) is None
+
+
+def test_growing_sizes_stop_where_a_call_takes_too_long(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "COUNTS", (40, 80, 160, 320))
+    monkeypatch.setattr(bench_kernels, "typical", lambda call, inputs, device: len(inputs[0]) ** 2 * 1e-3)
+    arguments = bench_kernels.parse(["--scale", "--op", "topk", "--quick"])
+    itself, _ = bench_kernels.grow(arguments)
+    assert [count for count, _ in itself.points] == [40, 80]  # the third would take more than thirty seconds
+    assert itself.exponent == pytest.approx(2)
+    assert (itself.op, itself.contender) == ("topk", "cpu")
+
+
+def test_the_page_tells_which_goals_are_reached():
+    growth = bench_report.Growth("topk", "self", "cpu", [(2000, 1.0), (4000, 4.0)], 2.0)
+    page = bench_report.markdown({"commit": "abc"}, [OURS, ROW], [growth], "benchmarks.png")
+    assert "| commit | `abc` |" in page
+    assert "| topk self | 4 x 2 | faiss | 3.2x | 4.00x | yes |" in page
+    assert "| topk self | 4 x 2 | extra memory | < 1 MB | 2.0 MB | no |" in page
+    assert "| topk self | cpu | 1 | 4 | 2.00 |" in page
+    assert "(benchmarks.png)" in page
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "speed.png"
+    bench_report.plot(path, {"machine": "a machine", "threads": "2", "commit": "abc"}, [OURS, ROW])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_quick_run_writes_a_row_for_every_contender(tmp_path, capsys):
+    data, page = tmp_path / "rows.json", tmp_path / "page.md"
+    given = [
+        "--quick",
+        "--budget",
+        "0.1",
+        "--op",
+        "rank",
+        "memory_update_",
+        "--json",
+        str(data),
+        "--markdown",
+        str(page),
+    ]
+    bench_kernels.main(given)
+    written = json.loads(data.read_text())
+    assert {(row["op"], row["contender"]) for row in written["rows"]} == {
+        (op, name)
+        for op, peer in (("memory_update_", "Python loop"), ("rank", "field's Python"))
+        for name in ("cpu", "reference", peer)
     }
-    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in written["timings"])
-    assert {"machine", "commit", "threads", "torch"} <= set(written["header"])
-    assert "python loop" in capsys.readouterr().out
+    assert set(written["rows"][0]) == set(bench_measure.Row.__dataclass_fields__)
+    assert {"command", "machine", "commit", "date", "threads", "instructions", "torch"} <= set(written["header"])
+    assert "field's Python" in capsys.readouterr().out and "field's Python" in page.read_text()
 
 
-def test_a_wrong_contender_ends_the_benchmark(bench):
-    case = next(bench.memory_update_cases(True, "cpu"))
-    with pytest.raises(SystemExit, match="memory_update_, .*: sloppy is wrong, so nothing is timed"):
-        bench.check("memory_update_", case, {"sloppy": lambda bank, *_: bank})
+def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
+    data = tmp_path / "rows.json"
+    choice = ["--quick", "--threads", "1", "--op", "set_union", "--backend", "reference", "--no-peers", "--memory"]
+    run = subprocess.run(
+        [sys.executable, str(TOOLS / "bench_kernels.py"), *choice, "--json", str(data)],
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(TOOLS.parent)},  # this checkout's engine
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    written = json.loads(data.read_text())
+    assert written["header"]["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    (row,) = written["rows"]
+    assert row["contender"] == "reference" and row["speedup"] is None
+    assert row["memory"] is None or 0 <= row["memory"] < 1 << 26
