@@ -27,6 +27,9 @@ constexpr std::int64_t kEntriesPerThread = 1 << 17;
 template <typename Real>
 constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 
+template <typename Real>
+constexpr Real kNan = std::numeric_limits<Real>::quiet_NaN();
+
 // log(weight / sum), where nothing can be sent 0 instead of weight / 0.
 double divide(double log_weight, double log_sum) {
   return log_sum == -kInfinity<double> ? log_sum : log_weight - log_sum;
@@ -53,7 +56,7 @@ struct Problem {
   Real inverse_reg;
   double log_scale;          // log of the largest row marginal
   std::vector<Real> weight;  // row marginals over the largest of them
-  std::vector<Real> offset;  // smallest entry of each row
+  std::vector<Real> offset;  // smallest entry of each row; NaN where the row step gives NaN
   std::vector<Real> log_v;   // [stride], -inf beyond the columns
   std::vector<Real> largest, sum;
   std::vector<Real> block_sums;  // [block_count, stride]
@@ -89,14 +92,19 @@ ENGINE_INLINE void find_offsets_with(Problem<Real>& problem, std::int64_t begin,
   constexpr int kLanes = VectorOf<Real, kBytes>::kLanes;
   for (std::int64_t row = begin; row < end; ++row) {
     const Real* cost = problem.cost + row * problem.columns;
-    Vector most = -kInfinity<Real> - Vector{};  // of the negated entries
-    std::int64_t column = 0;
-    for (; column + kLanes <= problem.columns; column += kLanes) {
-      most = maximum<Vector>(-load<Vector>(cost + column), most);
+    Vector most = -kInfinity<Real> - Vector{};  // of the negated entries, NaN passed over
+    Vector spoiled = {};                        // NaN once an entry was
+    for (std::int64_t column = 0; column < problem.columns; column += kLanes) {
+      const std::int64_t rest = problem.columns - column;
+      const Vector entries =
+          rest >= kLanes ? load<Vector>(cost + column) : load_part<Vector>(cost + column, rest, kInfinity<Real>);
+      most = maximum<Vector>(-entries, most);
+      spoiled = entries == entries ? spoiled : entries;
     }
-    most = maximum<Vector>(-load_part<Vector>(cost + column, problem.columns - column, kInfinity<Real>), most);
     const Real least = -largest_lane<Real, kBytes>(most);
-    problem.offset[row] = least == kInfinity<Real> ? Real(0) : least;  // a row of inf, or none
+    Real offset = least == kInfinity<Real> ? Real(0) : least;  // a row of inf, or none
+    if (least == -kInfinity<Real> || std::isnan(sum_of_lanes<Real, kBytes>(spoiled))) offset = kNan<Real>;
+    problem.offset[row] = offset;
   }
 }
 
@@ -286,6 +294,16 @@ double column_step(const Problem<Real>& problem, const SinkhornSettings& setting
   return error;
 }
 
+// Whether a visit gave NaN for a row that weighs: as all columns hear of it, there is nothing to go on with.
+template <typename Real>
+bool spoiled(const Problem<Real>& problem) {
+  for (std::int64_t row = 0; row < problem.rows; ++row) {
+    if (std::isnan(problem.offset[row])) return true;
+    if (std::isnan(problem.log_a[row]) && problem.largest[row] > -kInfinity<Real>) return true;
+  }
+  return false;
+}
+
 template <typename Real>
 void solve(Problem<Real>& problem, const SinkhornSettings& settings, const Kernels<Real>& run, Real* log_u, Real* log_v,
            std::int64_t* iterations, Real* error, int threads) {
@@ -293,6 +311,9 @@ void solve(Problem<Real>& problem, const SinkhornSettings& settings, const Kerne
   const int workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, worthwhile));
   parallel_for(problem.rows, kBlockRows, workers,
                [&](std::int64_t begin, std::int64_t end) { run.find_offsets(problem, begin, end); });
+  if (std::any_of(problem.log_b, problem.log_b + problem.columns, [](Real log_b) { return std::isnan(log_b); })) {
+    std::fill(problem.offset.begin(), problem.offset.end(), kNan<Real>);
+  }
 
   const auto visit = [&](std::int64_t begin, std::int64_t end) {
     std::vector<Real> plan(problem.stride);
@@ -303,7 +324,8 @@ void solve(Problem<Real>& problem, const SinkhornSettings& settings, const Kerne
   for (std::int64_t iteration = 1; active; ++iteration) {
     std::copy(next.begin(), next.end(), problem.log_v.begin());
     parallel_for(problem.rows, kBlockRows, workers, visit);
-    *error = static_cast<Real>(column_step(problem, settings, next, workers));
+    const bool stop = iteration == 1 && spoiled(problem);
+    *error = stop ? kNan<Real> : static_cast<Real>(column_step(problem, settings, next, workers));
     *iterations = problem.rows > 0 ? iteration : 0;
     active = problem.rows > 0 && iteration < settings.max_iter && *error > static_cast<Real>(settings.tol);
   }

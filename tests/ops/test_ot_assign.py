@@ -56,6 +56,15 @@ def test_nothing_to_assign_or_to_assign_to():
     assert ops.ot_assign(rows, nothing, 0.2).tolist() == [-1, -1, -1]
 
 
+@pytest.mark.parametrize("relax", [None, 0.3])
+def test_nan_gives_the_labels_of_the_reference(relax):
+    for spoilt in range(2):
+        features, prototypes = people(40, 8, 1), unit_rows(5, 8, 2)
+        (features, prototypes)[spoilt][3, 2] = torch.nan
+        expected = reference(features, prototypes, 0.2, relax=relax)
+        assert torch.equal(ops.ot_assign(features, prototypes, 0.2, relax=relax), expected)
+
+
 def test_equal_prototypes_go_to_the_lower_index():
     prototypes = torch.tensor([[5.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     assert ops.ot_assign(torch.tensor([[1.0, 0.0]]), prototypes, 0.1, relax=1e-6).tolist() == [1]

@@ -157,6 +157,34 @@ def test_never_nan(name, rows, columns, scale, reg, relax, dtype, spoil, seed):
         assert (plan[:, :1] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("relax", [None, 0.3])
+@pytest.mark.parametrize("spoil", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("where", ["cost", "a", "b"])
+def test_native_puts_nan_where_the_reference_does(backend, isa, where, spoil, relax, dtype):
+    problem = {"cost": random_cost(3, 70, 21, dtype=dtype), "a": torch.ones(3, 70) / 70, "b": torch.ones(3, 21) / 21}
+    problem["cost"][:, 5] = torch.inf
+    for entry in (0, -1):  # one problem of three remains as it is
+        problem[where][entry].view(-1)[17] = spoil
+    options = {"reg": 0.2, "relax": relax, "max_iter": 30, "tol": 1e-7}
+    expected = reference(**problem, **options)
+    with ops.use_backend("cpu"):
+        result = ops.sinkhorn(**problem, **options)
+    assert result.error.isnan().tolist() == [True, False, True]
+    for name in ("log_u", "log_v", "iterations", "error", "labels"):
+        actual, wanted = (getattr(solved, name) for solved in (result, expected))
+        if name == "labels":
+            actual, wanted = actual(), wanted()
+        torch.testing.assert_close(actual, wanted, equal_nan=True)
+
+
+def test_nan_of_a_row_that_is_forbidden_matters_to_none(backend):
+    cost, weights = random_cost(9, 4), torch.ones(9) / 9
+    cost[2], weights[2] = torch.inf, torch.nan
+    result = ops.sinkhorn(cost, 0.2, a=weights, relax=0.3)
+    assert result.log_u[2] == -torch.inf and not result.log_v.isnan().any() and result.iterations > 1
+
+
 def test_nothing_to_transport():
     no_rows, no_columns = ops.sinkhorn(torch.ones(0, 3), 1.0), ops.sinkhorn(torch.ones(3, 0), 1.0)
     assert no_rows.plan().shape == (0, 3) and no_rows.iterations == 0
