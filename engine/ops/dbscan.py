@@ -40,7 +40,7 @@ def reference(distance: Tensor, eps: float, min_samples: int = 4) -> Tensor:
     """Connected components of the cores, then the border."""
     count, device = distance.shape[0], distance.device
     row, column = _csr.row_indices(distance), distance.col_indices()
-    near = (distance.values() <= eps) & (row != column)
+    near = (distance.values() <= eps) & (row != column) & (column >= 0) & (column < count)
     row, column = row[near], column[near]
     is_core = torch.bincount(row, minlength=count) + 1 >= min_samples
     from_core = is_core[row]

@@ -140,16 +140,6 @@ def check_autocast(name: str, target: Tensor, bank: Tensor) -> None:
         assert torch.equal(gradient, expected[1].to(dtype))
 
 
-def check_layout(name: str, target: Tensor, bank: Tensor) -> None:
-    """Non-contiguous inputs are read as they are meant."""
-    loss = getattr(ops, name)
-    features = unit_rows(target.shape[0], bank.shape[1], seed=3)
-    expected = value_and_gradient(loss, features, bank, target, TEMPERATURE)
-    strided = [torch.stack([value, value], dim=-1)[..., 0] for value in (features, bank, target)]
-    actual = value_and_gradient(loss, *strided, TEMPERATURE)
-    torch.testing.assert_close(actual, expected)
-
-
 def check_refusals(name: str, target: Tensor, bank: Tensor) -> None:
     loss = getattr(ops, name)
     features = unit_rows(target.shape[0], bank.shape[1], seed=3).requires_grad_()

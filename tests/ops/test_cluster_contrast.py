@@ -55,10 +55,6 @@ def test_is_the_same_under_autocast():
     checks.check_autocast("cluster_contrast", LABELS, BANK)
 
 
-def test_is_the_same_for_any_layout():
-    checks.check_layout("cluster_contrast", LABELS, BANK)
-
-
 def test_refuses_bad_arguments():
     checks.check_refusals("cluster_contrast", LABELS, BANK)
 

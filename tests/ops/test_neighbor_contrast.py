@@ -47,10 +47,6 @@ def test_is_the_same_under_autocast():
     checks.check_autocast("neighbor_contrast", POSITIVES, BANK)
 
 
-def test_is_the_same_for_any_layout():
-    checks.check_layout("neighbor_contrast", POSITIVES, BANK)
-
-
 def test_refuses_bad_arguments():
     checks.check_refusals("neighbor_contrast", POSITIVES, BANK)
 

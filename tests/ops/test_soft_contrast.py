@@ -40,10 +40,6 @@ def test_is_the_same_under_autocast():
     checks.check_autocast("soft_contrast", WEIGHTS, BANK)
 
 
-def test_is_the_same_for_any_layout():
-    checks.check_layout("soft_contrast", WEIGHTS, BANK)
-
-
 def test_refuses_bad_arguments():
     checks.check_refusals("soft_contrast", WEIGHTS, BANK)
     with pytest.raises(ValueError, match="weights must be a constant"):
