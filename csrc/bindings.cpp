@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cmfp.h"
 #include "dbscan.h"
 #include "isa.h"
 #include "jaccard.h"
@@ -28,6 +29,13 @@ using Address = std::uintptr_t;
 template <typename Real>
 engine::StoredRows<Real> rows(Address data, int storage, std::int64_t width) {
   return {reinterpret_cast<const void*>(data), static_cast<engine::Storage>(storage), width};
+}
+
+template <typename Real>
+void cmfp(Address vis, int vis_storage, Address ir, int ir_storage, std::int64_t vis_count, std::int64_t ir_count,
+          std::int64_t width, std::int64_t k, bool normalize, Address new_vis, Address new_ir, int threads) {
+  engine::cmfp(rows<Real>(vis, vis_storage, width), rows<Real>(ir, ir_storage, width), vis_count, ir_count, k,
+               normalize, reinterpret_cast<Real*>(new_vis), reinterpret_cast<Real*>(new_ir), threads);
 }
 
 template <typename Real>
@@ -155,6 +163,8 @@ void topk(Address queries, int queries_storage, Address bank, int bank_storage, 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ back ends of engine.ops";
   const py::call_guard<py::gil_scoped_release> release;
+  module.def("cmfp_float32", &cmfp<float>, release);
+  module.def("cmfp_float64", &cmfp<double>, release);
   module.def("dbscan_float32", &dbscan<float>, release);
   module.def("dbscan_float64", &dbscan<double>, release);
   module.def("isa", [] { return engine::name(engine::isa()); });

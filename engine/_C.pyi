@@ -1,5 +1,33 @@
 """The native module, built from csrc/: addresses and sizes, nothing is checked here."""
 
+def cmfp_float32(
+    vis: int,
+    vis_storage: int,
+    ir: int,
+    ir_storage: int,
+    vis_count: int,
+    ir_count: int,
+    width: int,
+    k: int,
+    normalize: bool,
+    new_vis: int,
+    new_ir: int,
+    threads: int,
+) -> None: ...
+def cmfp_float64(
+    vis: int,
+    vis_storage: int,
+    ir: int,
+    ir_storage: int,
+    vis_count: int,
+    ir_count: int,
+    width: int,
+    k: int,
+    normalize: bool,
+    new_vis: int,
+    new_ir: int,
+    threads: int,
+) -> None: ...
 def dbscan_float32(
     starts: int, columns: int, values: int, labels: int, count: int, eps: float, min_samples: int, threads: int
 ) -> None: ...

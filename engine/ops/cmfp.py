@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.ops import _check
+from engine.ops import _check, _native
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
 from engine.ops.affinity import affinity
@@ -55,3 +55,23 @@ def reference(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True) -> tup
         return functional.normalize(sums, dim=1) if normalize else sums
 
     return spread(unit_vis).to(vis.dtype), spread(unit_ir).to(ir.dtype)
+
+
+def cpu(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
+    """csrc/cmfp.cpp: every similarity is computed once and serves both of its rows; no normalised copy is made."""
+    dtype = accumulation_dtype(vis, ir)
+    vis, ir = vis.contiguous(), ir.contiguous()
+    new_vis, new_ir = vis.new_zeros(vis.shape, dtype=dtype), ir.new_zeros(ir.shape, dtype=dtype)
+    _native.function("cmfp", dtype)(
+        *_native.rows(vis),
+        *_native.rows(ir),
+        vis.shape[0],
+        ir.shape[0],
+        vis.shape[1],
+        k,
+        normalize,
+        new_vis.data_ptr(),
+        new_ir.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return new_vis.to(vis.dtype), new_ir.to(ir.dtype)

@@ -2,10 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graph_checks import fixture, same_bits_for_any_thread_count, unit_rows
+from graph_checks import fixture, people, same_bits_for_any_thread_count, unit_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from engine import ops
+from engine.ops import use_backend
+from engine.ops.cmfp import reference
+
+BACKENDS = ("cpu", "reference")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
 
 
 def four_dense_blocks(vis, ir, k, normalize):
@@ -23,7 +35,7 @@ def four_dense_blocks(vis, ir, k, normalize):
 
 
 @pytest.mark.parametrize("name", ["a1_cmfp_train_clustered", "a2_cmfp_train_negatives_k40"])
-def test_reproduces_the_released_propagation(name):
+def test_reproduces_the_released_propagation(name, backend):
     arrays = fixture(name)
     vis, ir, k = arrays["Fv"], arrays["Fr"], int(arrays["k"])
     for result, expected in zip(ops.cmfp(vis, ir, k), (arrays["out_v"], arrays["out_r"]), strict=True):
@@ -34,7 +46,7 @@ def test_reproduces_the_released_propagation(name):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("sizes", [(40, 30, 5), (7, 1, 3), (6, 4, 100), (33, 65, 0)])
-def test_equals_four_dense_blocks(sizes, normalize):
+def test_equals_four_dense_blocks(sizes, normalize, backend):
     vis_count, ir_count, k = sizes
     vis, ir = 3 * unit_rows(vis_count, 8, 1, torch.float64), 0.1 * unit_rows(ir_count, 8, 2, torch.float64)
     expected = four_dense_blocks(vis, ir, k, normalize)
@@ -42,15 +54,82 @@ def test_equals_four_dense_blocks(sizes, normalize):
         torch.testing.assert_close(result, block, rtol=1e-12, atol=1e-13)
 
 
-def test_a_missing_modality_leaves_the_own_block():
+def test_a_missing_modality_leaves_the_own_block(backend):
     vis = unit_rows(9, 4, 3)
     result, nothing = ops.cmfp(vis, vis[:0], 3)
     assert nothing.shape == (0, 4)
-    own = ops.propagate(ops.affinity(vis, vis, 3), vis)
-    torch.testing.assert_close(result, functional.normalize(own))
+    own = four_dense_blocks(vis, vis[:0], 3, normalize=True)[0]
+    torch.testing.assert_close(result, own)
+    nothing, turned = ops.cmfp(vis[:0], vis, 3)
+    assert nothing.shape == (0, 4) and torch.equal(turned, result)
+    assert [rows.shape for rows in ops.cmfp(vis[:0], vis[:0], 3)] == [(0, 4), (0, 4)]
+    assert [rows.shape for rows in ops.cmfp(vis[:, :0], vis[:2, :0], 3)] == [(9, 0), (2, 0)]
 
 
-def test_rows_without_a_neighbour_are_zero_not_nan():
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(max_examples=60, deadline=None)
+@given(vis_count=st.integers(0, 9), ir_count=st.integers(0, 9), k=st.integers(0, 11), seed=st.integers(0, 1000))
+def test_of_equal_similarities_the_lower_index_counts(name, vis_count, ir_count, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Norms are 0 or a power of 2, so that similarities are exact; many tie.
+    rows = torch.randint(-1, 2, (vis_count + ir_count, 4), generator=generator).double()
+    rows[rows.abs().sum(1) == 2] = 0
+    rows[rows.abs().sum(1) == 3] = 8
+    vis, ir = rows.split([vis_count, ir_count])
+    expected = four_dense_blocks(vis, ir, k, normalize=False)
+    with use_backend(name):
+        for result, block in zip(ops.cmfp(vis, ir, k, normalize=False), expected, strict=True):
+            torch.testing.assert_close(result, block, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("vis_count", "ir_count", "width", "k"), [(1003, 490, 33, 12), (97, 1, 300, 200)])
+def test_native_stays_in_the_error_budget(isa, vis_count, ir_count, width, k, dtype, normalize):
+    vis, ir = people(vis_count + ir_count, width, 1).to(dtype).split([vis_count, ir_count])
+    exact = reference(vis.double(), ir.double(), k, normalize=normalize)
+    plain = reference(vis, ir, k, normalize=normalize)
+    with use_backend("cpu"):
+        ours = ops.cmfp(vis, ir, k, normalize=normalize)
+    for result, expected, truth in zip(ours, plain, exact, strict=True):
+        assert (result - truth).abs().max() <= 2 * (expected - truth).abs().max() + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_native_converts_half_types_exactly(isa, dtype):
+    vis, ir = unit_rows(501, 270, 1, dtype), unit_rows(90, 270, 2, dtype)
+    with use_backend("cpu"):
+        expected = ops.cmfp(vis.float(), ir.float(), 9)
+        for result, rows in zip(ops.cmfp(vis, ir, 9), expected, strict=True):
+            assert torch.equal(result, rows.to(dtype))
+
+
+def test_native_takes_rows_of_any_length():
+    vis, ir = unit_rows(50, 16, 1), unit_rows(40, 16, 2)
+    with use_backend("cpu"):
+        expected = ops.cmfp(vis, ir, 5)
+        assert all(map(torch.equal, ops.cmfp(vis * 2.0**100, ir * 2.0**-20, 5), expected))
+
+
+def test_a_row_that_is_no_number_is_no_neighbour():
+    vis, ir = unit_rows(50, 16, 1), unit_rows(40, 16, 2)
+    spoilt, without = vis.clone(), vis.clone()
+    spoilt[7, 3], without[7] = torch.nan, 0
+    with use_backend("cpu"):
+        assert all(map(torch.equal, ops.cmfp(spoilt, ir, 5), ops.cmfp(without, ir, 5)))
+
+
+def test_reads_any_layout_and_leaves_inputs_alone(backend):
+    vis, ir = 3 * unit_rows(50, 16, 1), unit_rows(40, 16, 2)
+    copies = vis.clone(), ir.clone()
+    expected = ops.cmfp(vis, ir, 5)
+    strided = vis.T.contiguous().T, torch.stack([ir, ir], dim=1)[:, 1]
+    for result, rows in zip(ops.cmfp(*strided, 5), expected, strict=True):
+        torch.testing.assert_close(result, rows)
+    assert torch.equal(vis, copies[0]) and torch.equal(ir, copies[1])
+
+
+def test_rows_without_a_neighbour_are_zero_not_nan(backend):
     vis = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     ir = torch.tensor([[-1.0, 0.0]])
     new_vis, new_ir = ops.cmfp(vis, ir, 2)
@@ -59,7 +138,7 @@ def test_rows_without_a_neighbour_are_zero_not_nan():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_inputs_are_normalised_in_float32(dtype):
+def test_half_inputs_are_normalised_in_float32(dtype, backend):
     vis, ir = (60 * unit_rows(50, 32, 4)).to(dtype), (60 * unit_rows(40, 32, 5)).to(dtype)
     exact = ops.cmfp(vis.double(), ir.double(), 5)
     for result, expected in zip(ops.cmfp(vis, ir, 5), exact, strict=True):
@@ -67,8 +146,8 @@ def test_half_inputs_are_normalised_in_float32(dtype):
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=torch.finfo(dtype).eps)
 
 
-def test_any_thread_count_gives_the_same_bits():
-    vis, ir = unit_rows(300, 32, 6), unit_rows(200, 32, 7)
+def test_any_thread_count_gives_the_same_bits(backend):
+    vis, ir = unit_rows(2500, 32, 6), unit_rows(1100, 32, 7)
     same_bits_for_any_thread_count(lambda: ops.cmfp(vis, ir, 9))
 
 
