@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from engine import ops
 from engine.ops import _check, _csr
-from engine.ops.jaccard import ONE, _expanded, _min_products, _query_expansion, _reciprocal
-from engine.ops.topk import _largest
+from engine.ops._neighbors import largest
+from engine.ops._reciprocal import ONE, expanded, min_products, query_expansion, reciprocal
 
 BLOCK_ROWS = 1024
 """Rows of a distance matrix whose neighbours are searched at a time."""
@@ -177,12 +177,12 @@ def re_ranking(
     if between.numel() == 0:
         return between.numpy()
     rank = _nearest(distance, min(max(k1 + 1, k2), row_count))
-    near, half = _reciprocal(rank[:, : k1 + 1]), _reciprocal(rank[:, : round(k1 / 2) + 1])
-    weights, full = _softmax(distance, _expanded(near, half, row_count)), ONE
+    near, half = reciprocal(rank[:, : k1 + 1]), reciprocal(rank[:, : round(k1 / 2) + 1])
+    weights, full = _softmax(distance, expanded(near, half, row_count)), ONE
     if k2 > 1:
-        weights, full = _query_expansion(weights, rank[:, :k2]), min(k2, row_count) * ONE
+        weights, full = query_expansion(weights, rank[:, :k2]), min(k2, row_count) * ONE
     queries, gallery = _rows(weights, 0, query_count), _rows(weights, query_count, row_count)
-    shared = torch.cat([sums.double() / full for _, sums in _min_products(queries, gallery.t().to_sparse_csr())])
+    shared = torch.cat([sums.double() / full for _, sums in min_products(queries, gallery.t().to_sparse_csr())])
     jaccard = (1 - shared / (2 - shared)).float()
     return torch.lerp(jaccard, between, lambda_value).numpy()
 
@@ -210,7 +210,7 @@ def _joint_distance(q_g: NDArray, q_q: NDArray, g_g: NDArray) -> Tensor:
 
 def _nearest(distance: Tensor, k: int) -> Tensor:
     """The k columns of least distance in every row, the lower index first among equals, `[N, k]`."""
-    return torch.cat([_largest(-rows, k)[1] for rows in distance.split(BLOCK_ROWS)])
+    return torch.cat([largest(-rows, k)[1] for rows in distance.split(BLOCK_ROWS)])
 
 
 def _softmax(distance: Tensor, members: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.ops import _check, _native
 from engine.ops._backend import pick
+from engine.ops._neighbors import largest
 from engine.ops._precision import accumulation_dtype, no_autocast
 
 BLOCK_ENTRIES = 1 << 23
@@ -57,7 +58,7 @@ def reference(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = Fal
             similarity = queries[rows].to(dtype) @ columns
         if exclude_self:
             similarity.diagonal(offset=start).fill_(-torch.inf)
-        best, where = _largest(similarity, found)
+        best, where = largest(similarity, found)
         values[rows, :found] = best.to(values.dtype)
         indices[rows, :found] = where
     return values, indices
@@ -83,16 +84,3 @@ def cpu(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) ->
         torch.get_num_threads(),
     )
     return values.to(torch.promote_types(queries.dtype, bank.dtype)), indices
-
-
-def _largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row, ordered by (value descending, index ascending)."""
-    values, indices = similarity.topk(k, dim=1)
-    # torch.topk takes any of the entries that tie at the k-th place: such rows are sorted whole.
-    tied = ((similarity >= values[:, -1:]).sum(dim=1) > k).nonzero().squeeze(1)
-    if tied.numel():
-        ordered, order = similarity[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], indices[tied] = ordered[:, :k], order[:, :k]
-    indices, order = indices.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, indices.gather(1, order)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import _C, ops
+from engine.ops import _reciprocal
 
 MODULE = importlib.import_module("engine.ops.jaccard")
 BACKENDS = {"cpu": MODULE.cpu, "reference": MODULE.reference}  # called as such, they search neighbours with one topk
@@ -101,9 +102,9 @@ def test_equal_rows_have_distance_0(jaccard):
 def test_blocks_of_rows_change_nothing(monkeypatch):
     features = people(200, 16, 3)
     expected = stored(MODULE.reference(features, 10, 4), otherwise=1.0)
-    monkeypatch.setattr(MODULE, "BLOCK_ENTRIES", 3000)
+    monkeypatch.setattr(_reciprocal, "BLOCK_ENTRIES", 3000)
     assert torch.equal(stored(MODULE.reference(features, 10, 4), otherwise=1.0), expected)
-    monkeypatch.setattr(MODULE, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(_reciprocal, "BLOCK_ENTRIES", 1)
     assert torch.equal(stored(MODULE.reference(features, 10, 4), otherwise=1.0), expected)
 
 
