@@ -33,6 +33,19 @@ def bounded_starts(csr: Tensor) -> Tensor:
     return csr.crow_indices().clamp(0, len(csr.col_indices()))
 
 
+def inside(csr: Tensor) -> Tensor:
+    """A matrix for torch, which reads whatever indices name: `csr`, or what it holds without entries outside of it."""
+    starts, columns = bounded_starts(csr), csr.col_indices()
+    counts = starts.diff()
+    kept = (columns >= 0) & (columns < csr.shape[1])
+    if bool(kept.all()) and bool((counts >= 0).all()) and torch.equal(starts, csr.crow_indices()):
+        return csr
+    rows, entries = expand(starts[:-1], counts.clamp_min(0))
+    rows, entries = rows[kept[entries]], entries[kept[entries]]
+    row_counts = rows.bincount(minlength=csr.shape[0])
+    return build(row_counts, columns[entries], csr.values()[entries], csr.shape[1])
+
+
 def row_indices(csr: Tensor) -> Tensor:
     """The row of every stored entry, `[entries]` int64."""
     rows = torch.arange(csr.shape[0], device=csr.device)

@@ -248,7 +248,7 @@ def propagate(draw: st.DrawFn) -> Call:
     dense[torch.rand(dense.shape, generator=generator) < draw(st.sampled_from([0.2, 0.9, 1.0]))] = 0
     features = draw_rows(draw, column_count, draw(WIDTHS), dtype=dtype, linear=True)
     tame = csr_of(dense)
-    return call(Values(csr_of(dense), tame, "normal"), features)
+    return call(Values(csr_of(dense, draw_wild_columns(draw, column_count)), tame, "normal"), features)
 
 
 @st.composite
