@@ -7,9 +7,10 @@ Without an option it measures every operator at the sizes of SYSU-MM01, beside a
 (`pip install -e .[bench]`), in about twenty minutes on two cores; `--quick` in two. A row gives the median and the
 quartiles, counted work over time, and how many times faster the engine is. `--scale` fits how cost grows instead.
 
-The page of the repository is made by
+The pages of the repository are made by
 
     python tools/bench_kernels.py --json docs/benchmarks.json --markdown docs/benchmarks.md --plot docs/benchmarks.png
+    python tools/bench_kernels.py --scale --json docs/benchmarks_growth.json --markdown docs/benchmarks_growth.md
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,7 @@ def version(package: str) -> str:
 
 def settings_of(arguments: argparse.Namespace, dtype: str) -> Settings:
     size = SIZES["quick" if arguments.quick else arguments.size or "sysu"]
-    budget = arguments.budget or (1.0 if size.name == "quick" else 20.0)
+    budget = arguments.budget or (1.0 if size.name == "quick" else 30.0)
     return Settings(
         size=size,
         device=arguments.device,
@@ -188,8 +190,10 @@ def exponent(points: list[tuple[int, float]]) -> float | None:
 
 def main(given: list[str]) -> None:
     arguments = parse(given)
-    if arguments.plot:
-        import matplotlib  # noqa: F401  # before minutes of work, not after them
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no CUDA device")
+    if arguments.plot and find_spec("matplotlib") is None:
+        sys.exit("--plot needs matplotlib: pip install -e .[bench]")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     start = time.perf_counter()

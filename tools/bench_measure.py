@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -237,17 +237,21 @@ def agree(case: Case, contender: Contender, settings: Settings, expected: Any, r
 
 
 def alternate(case: Case, found: list[Contender], settings: Settings) -> dict[str, list[float]]:
-    """Seconds of a call: samples of all contenders in turn, each the mean of as many calls as fill some milliseconds."""
-    inputs = {contender.name: case.inputs() for contender in found}
+    """Seconds of a call: samples of all contenders in turn, each the mean of as many calls as fill some milliseconds.
+
+    A contender gets as many as its share of the budget pays for, spread evenly over the rounds; where that is none, its
+    first call counts.
+    """
+    inputs = {c.name: case.inputs() for c in found}
     first = {c.name: sample(c.call, inputs[c.name], 1, settings.device) for c in found}
     repeats = {name: max(1, int(SECONDS_PER_SAMPLE / seconds)) for name, seconds in first.items()}
-    round_seconds = sum(first[name] * repeats[name] for name in first)
-    # The first calls count where further ones would exceed the budget.
-    round_count = min(ROUNDS, int(settings.budget / round_seconds)) if round_seconds else 0
-    times = {name: [] if round_count else [seconds] for name, seconds in first.items()}
-    for _ in range(round_count):
-        for contender in found:
-            name = contender.name
+    share = settings.budget / max(1, len(found))
+    counts = {name: min(ROUNDS, int(share / (first[name] * repeats[name]))) for name in first}
+    times: dict[str, list[float]] = {name: [] if counts[name] else [first[name]] for name in first}
+    rounds = max(counts.values(), default=0)
+    for turn, contender in product(range(rounds), found):
+        name = contender.name
+        if (turn + 1) * counts[name] // rounds > turn * counts[name] // rounds:
             times[name].append(sample(contender.call, inputs[name], repeats[name], settings.device))
     return times
 
@@ -358,23 +362,23 @@ def environment_set(variables: dict[str, str]) -> Iterator[None]:
 def in_child(op: str, index: int, name: str, settings: Settings, file: Path | None) -> tuple[list[float], int | None]:
     """Build the case anew and run one contender of it; its result goes to `file`.
 
-    A small case comes first, so that neither loading libraries nor starting threads is measured.
+    The call that is measured is not the first: loading libraries and starting threads takes time and memory, once. Only
+    of what is slow the first is at a small size.
     """
     torch.set_num_threads(settings.threads)
-    small = find_case(op, index, replace(settings, size=SIZES["quick"]))
-    contender = find_contender(small, name, settings)
-    contender.call(*small.inputs())
     case = find_case(op, index, settings)
-    contender, arguments = find_contender(case, name, settings), case.inputs()
-    if contender.peer and contender.peer.compiles:
-        contender.call(*arguments)
+    contender = find_contender(case, name, settings)
+    slow = contender.peer is not None and contender.peer.slow
+    warming = find_case(op, index, replace(settings, size=SIZES["quick"])) if slow else case
+    find_contender(warming, name, settings).call(*warming.inputs())
+    arguments = case.inputs()
     seconds, memory, result = weigh(contender.call, arguments, settings.device)
     if file:
         torch.save(result, file)
     times = [seconds]
     del result
-    if file and not contender.peer.slow and seconds <= PATIENCE:
-        count = max(1, min(ROUNDS, int(settings.budget / 4 / seconds)))
+    if file and not slow and seconds <= PATIENCE:
+        count = max(1, min(ROUNDS, int(settings.budget / 5 / seconds)))
         times = [sample(contender.call, arguments, 1, settings.device) for _ in range(count)]
     return times, memory
 

@@ -33,15 +33,16 @@ GROWTH = """\
 Milliseconds of a call by N, and the exponent fitted to them: time ~ N^exponent. Rows are narrow (256), so that what is
 not a product of matrices shows. N = visible images (half as many infrared ones), rows of the searched set, queries."""
 LEGEND = """\
-- **calls**: samples that the median is of; each is the mean of as many calls as fill 20 ms, and those of all contenders
-  alternate. `*` = in a process of its own, not in turn with the others: what takes minutes (once, its only call), and
-  what needs a variable set before it is loaded.
+- **calls**: samples that the median is of, each the mean of as many calls as fill 20 ms; those of all contenders
+  alternate. Who takes long has fewer; after 20 seconds there is no second call. `*` = in a process of its own, not in
+  turn with the others: what takes minutes (once), and what needs a variable set before it is loaded.
 - **GFLOP/s, GB/s**: counted over measured. Counted is the least that the operator must do: no product twice (of a matrix
   with itself each pair once), inputs read and outputs written once. Who does more shows less.
 - **of ceiling**: time that the counted work takes at the rates of one large float32 `torch.mm` and one large copy, over
   the time measured. The first of these is no limit of the processor: vector code may be better than the BLAS that torch
   brings, and caches faster than memory, so that more than 100 % can be seen.
-- **extra MB**: most memory in use during one call in a fresh process, less what was in use before and what is returned.
+- **extra MB**: most memory in use during the second call of a fresh process (of what takes minutes, the first), less what
+  was in use before and what is returned.
 - **engine**: how many times faster the engine's own choice of back end is.
 - **goal**: what that, or in the engine's own row its memory, is to reach.
 """

@@ -109,6 +109,21 @@ def test_a_sparse_entry_too_few_or_too_far_off_is_wrong():
             bench_cases.sparse((), graph, other.to_sparse_csr(), 1e-4)
 
 
+def test_who_takes_long_has_fewer_samples_spread_over_the_rounds(monkeypatch):
+    seconds = {"fast": 0.5, "slow": 2.0, "slowest": 5.0}
+    order = []
+
+    def sample(call, *_):
+        order.append(call)
+        return seconds[call]
+
+    monkeypatch.setattr(bench_measure, "sample", sample)
+    found = [bench_measure.Contender(name, name) for name in seconds]
+    times = bench_measure.alternate(next(cases_of("rank")), found, replace(QUICK, budget=12.0))
+    assert {name: len(values) for name, values in times.items()} == {"fast": 8, "slow": 2, "slowest": 1}
+    assert order == ["fast", "slow", "slowest"] + (["fast"] * 4 + ["slow"]) * 2  # the first calls, then the rounds
+
+
 def test_a_peer_that_is_missing_says_so():
     case = replace(next(cases_of("memory_update_")), peers={"other": Peer(lambda: None, package="not_there")})
     *_, row = bench_measure.run_case(case, 0, QUICK, CEILING)
