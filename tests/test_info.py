@@ -20,8 +20,9 @@ def test_a_back_end_that_cannot_run_has_its_reason_below_the_table(monkeypatch):
     monkeypatch.setattr(info, "backends", lambda op: real(op) | ({"cpu": reason} if op == "memory_update_" else {}))
     lines = info.table()
     (row,) = [line.split() for line in lines if line.startswith("memory_update_")]
-    assert row == ["memory_update_", "-", "-", "no", "(1)", "yes"]
-    assert lines[-1] == f"(1) {reason}"
+    mark = row.pop(4)
+    assert row == ["memory_update_", "-", "-", "no", "yes"]
+    assert f"{mark} {reason}" in lines
 
 
 def test_a_package_that_is_missing_is_no_error(monkeypatch):

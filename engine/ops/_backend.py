@@ -55,7 +55,11 @@ def pick(op: str, device: torch.device) -> Callable[..., Any]:
         function, reason = _find(op, forced)
         if function is None:
             raise RuntimeError(f"back end {forced!r} of engine.ops.{op} was asked for but cannot run: {reason}")
-        if forced != "reference" and forced not in ORDER.get(device.type, ()):
+        if (
+            forced != "reference"
+            and forced not in ORDER.get(device.type, ())
+            and not (forced == "triton" and interpreted())
+        ):
             raise RuntimeError(f"back end {forced!r} of engine.ops.{op} does not run on {device.type} tensors")
         return function
     for name in ORDER.get(device.type, ("reference",)):
@@ -109,8 +113,13 @@ def _find(op: str, name: str) -> tuple[Callable[..., Any] | None, str | None]:
     return getattr(module, name), None
 
 
+def interpreted() -> bool:
+    """True where Triton runs its kernels in Python, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _find_triton(op: str) -> tuple[Callable[..., Any] | None, str | None]:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if not torch.cuda.is_available() and not interpreted():
         return None, "no CUDA device"
     try:
         return getattr(importlib.import_module(f"engine.kernels.{op}"), op), None
