@@ -131,7 +131,7 @@ def reference(
     log_b = log_weight(b, cost.shape[:-2] + cost.shape[-1:], scaled)
     log_u, log_v, iterations, error = solve(lambda: (scaled,), log_a, log_b, reg, relax, max_iter, tol)
     if scaled.shape[-1]:
-        log_u = log_u + _row_offset(cost) / reg
+        log_u = log_u + row_offset(cost) / reg
     return Sinkhorn(log_u, log_v, iterations, error, cost, reg, log_a)
 
 
@@ -236,7 +236,7 @@ def scale(cost: Tensor, reg: float) -> Tensor:
     cost = cost.to(accumulation_dtype(cost))
     if cost.shape[-1] == 0:
         return cost
-    return (cost - _row_offset(cost).unsqueeze(-1)) / reg
+    return (cost - row_offset(cost).unsqueeze(-1)) / reg
 
 
 def argmax(scores: Tensor) -> Tensor:
@@ -320,7 +320,7 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
 
 
-def _row_offset(cost: Tensor) -> Tensor:
+def row_offset(cost: Tensor) -> Tensor:
     """Smallest entry of each row, 0 for a row of inf."""
     least = cost.amin(-1).to(accumulation_dtype(cost))
     return least.masked_fill(least == torch.inf, 0)
