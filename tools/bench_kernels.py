@@ -161,9 +161,12 @@ def grow(arguments: argparse.Namespace) -> list[Growth]:
                     times = points.setdefault((case.form, contender.name), [])
                     if count == COUNTS[0]:
                         gate(case, [contender], settings)
-                    elif 5 * times[-1][1] > 1e3 * PATIENCE:  # doubling N makes up to four times as many pairs
+                    elif (
+                        5 * times[-1][1] * case.steps > 1e3 * PATIENCE
+                    ):  # doubling N makes up to four times as many pairs
                         continue
-                    times.append((count, 1e3 * typical(contender.call, case.inputs(), settings.device)))
+                    seconds = typical(contender.call, case.inputs(), settings.device)
+                    times.append((count, 1e3 * seconds / case.steps))
         found = [Growth(op, form, name, times, exponent(times)) for (form, name), times in points.items()]
         print(*growth_lines(found), sep="\n", flush=True)
         growths += found

@@ -110,7 +110,8 @@ def title_line() -> str:
 def growth_lines(growths: Iterable[Growth]) -> list[str]:
     """N and milliseconds in turn."""
     return [
-        f"{growth.op} {growth.form} ({growth.contender}): ~ N^{exponent_text(growth)}; "
+        f"{growth.op} {growth.form}".strip()
+        + f" ({growth.contender}): ~ N^{exponent_text(growth)}; "
         + ", ".join(f"{count}: {number(milliseconds)} ms" for count, milliseconds in growth.points)
         for growth in growths
     ]

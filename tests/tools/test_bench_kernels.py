@@ -166,6 +166,9 @@ def test_growing_sizes_stop_where_a_call_takes_too_long(monkeypatch):
     assert [count for count, _ in itself.points] == [40, 80]  # the third would take more than thirty seconds
     assert itself.exponent == pytest.approx(2)
     assert (itself.op, itself.contender) == ("topk", "cpu")
+    assert bench_report.growth_lines([itself]) == [
+        "topk self, k 30 (cpu): ~ N^2.00; 40: 1600 ms, 80: 6400 ms",
+    ]
 
 
 def test_the_page_tells_which_goals_are_reached():
