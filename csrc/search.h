@@ -32,13 +32,14 @@ class Nearest {
   // Queries that share a lock.
   static constexpr std::int64_t kQueriesPerLock = BlockSize::kColumns;
 
-  // What is below `least` is no candidate; nor is NaN. k > 0.
+  // What is below `least` is no candidate, nor is NaN then; where all are, NaN counts as the largest. k > 0.
   Nearest(std::int64_t query_count, std::int64_t bank_count, std::int64_t k,
           Real least = -std::numeric_limits<Real>::infinity())
       : k_(std::min(k, bank_count)),
         capacity_(std::min(std::max(2 * k_, kLanes), bank_count)),
         candidates_(query_count * capacity_),
         sizes_(query_count),
+        keeps_nan_(least == -std::numeric_limits<Real>::infinity()),
         thresholds_(query_count, least),
         locks_((query_count + kQueriesPerLock - 1) / kQueriesPerLock) {}
 
@@ -82,7 +83,9 @@ class Nearest {
 
   // A function object, not a function: that the algorithms compare inline.
   static constexpr auto better = [](const Candidate& a, const Candidate& b) {
-    return a.value > b.value || (a.value == b.value && a.index < b.index);
+    if (a.value > b.value || a.value < b.value) return a.value > b.value;
+    const bool a_nan = a.value != a.value, b_nan = b.value != b.value;
+    return a_nan != b_nan ? a_nan : a.index < b.index;
   };
 
   // keep(j) for every j whose value may reach its threshold. Nearly none does: kLanes are looked at together.
@@ -90,20 +93,20 @@ class Nearest {
   static void scan(const Real* values, std::int64_t begin, std::int64_t end, const Thresholds& thresholds,
                    const Keep& keep) {
     for (; begin + kLanes <= end; begin += kLanes) {
-      auto reached = Vector{} > Vector{};
+      auto below = Vector{} == Vector{};
       for (std::int64_t j = begin; j < begin + kLanes; j += VectorOf<Real, 16>::kLanes) {
-        reached |= load<Vector>(values + j) >= thresholds(j);
+        below &= load<Vector>(values + j) < thresholds(j);  // NaN is not
       }
-      std::uint64_t any[2];
-      std::memcpy(any, &reached, sizeof(any));
-      if (!(any[0] | any[1])) continue;
+      std::uint64_t all[2];
+      std::memcpy(all, &below, sizeof(all));
+      if ((all[0] & all[1]) == ~std::uint64_t{0}) continue;
       for (std::int64_t j = begin; j < begin + kLanes; ++j) keep(j);
     }
     for (; begin < end; ++begin) keep(begin);
   }
 
   void offer(std::int64_t query, std::int64_t index, Real value) {
-    if (!(value >= thresholds_[query])) return;
+    if (value < thresholds_[query] || (value != value && !keeps_nan_)) return;
     Candidate* list = candidates_.data() + query * capacity_;
     std::int64_t& size = sizes_[query];
     if (size == capacity_) {  // only where k < bank_count, so that k < capacity
@@ -118,6 +121,7 @@ class Nearest {
   std::int64_t capacity_;
   std::vector<Candidate> candidates_;  // [query_count, capacity]
   std::vector<std::int64_t> sizes_;
+  bool keeps_nan_;
   std::vector<Real> thresholds_;
   std::vector<std::mutex> locks_;
 };

@@ -26,7 +26,8 @@ def topk(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -
 
     Returns:
         values `[B, k]` in the inputs' common dtype and indices `[B, k]` int64, ordered by (similarity descending,
-        index ascending) as compared before rounding to a half type, padded with -inf and -1.
+        index ascending) as compared before rounding to a half type, padded with -inf and -1. NaN counts as the largest
+        similarity, as in `torch.topk`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

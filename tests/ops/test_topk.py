@@ -141,6 +141,22 @@ def test_equal_rows_are_taken_from_the_first(backend):
     assert topk_of(rows, rows, 2, exclude_self=True)[1][:3].tolist() == [[1, 2], [0, 2], [0, 1]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_nan_is_the_largest_similarity(isa, exclude_self, dtype):
+    rows = integer_rows(600, 9, 1, dtype)
+    rows[[5, 300, 301], 2] = torch.nan
+    rows[7, 3] = torch.inf
+    values, indices = reference(rows, rows, 7, exclude_self=exclude_self)
+    assert indices[0].tolist()[:3] == [5, 300, 301] and values[0][:3].isnan().all()
+    assert indices[5].tolist() == [row for row in range(8) if row != 5 or not exclude_self][:7]
+    with use_backend("cpu"):
+        for bank in (rows, rows.clone()):
+            found = topk_of(rows, bank, 7, exclude_self=exclude_self)
+            torch.testing.assert_close(found[0], values, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(found[1], indices)
+
+
 def test_each_better_than_the_one_before(backend):
     bank = torch.arange(5000.0)[:, None]
     values, indices = topk_of(torch.ones(2, 1), bank, 3)
