@@ -48,6 +48,9 @@ static_assert(kRows % kAvx2Rows == 0 && kRows % kAvx512Rows == 0 && kColumns % 3
 #endif
 static_assert(kRows % kPortableRows == 0 && kColumns % kRows == 0);
 
+// Rows that one packed panel holds at most: two of the widest vectors.
+constexpr std::int64_t kMostPanelRows = 2 * 64 / sizeof(float);
+
 // The entries of the vectors a and b, numbered through, that the list names; GCC before 12 lacks Clang's builtin.
 #ifdef __clang__
 #define ENGINE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -55,12 +58,14 @@ static_assert(kRows % kPortableRows == 0 && kColumns % kRows == 0);
 #define ENGINE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){__VA_ARGS__})
 #endif
 
-// packed[k * panel + row] = rows[row * width + k] for 4 x 4 entries, through registers.
+// packed[k * panel + row] = rows[row * width + k] * scales[row] for 4 x 4 entries, through registers.
 template <typename Real>
-void transpose_4x4(const Real* rows, std::int64_t width, std::int64_t panel, Real* packed) {
+void transpose_4x4(const Real* rows, std::int64_t width, const Real* scales, std::int64_t panel, Real* packed) {
   typedef Real Vector __attribute__((vector_size(4 * sizeof(Real)), aligned(alignof(Real)), may_alias));
-  const auto source = [=](std::int64_t row) { return reinterpret_cast<const Vector*>(rows + row * width); };
-  const Vector a = *source(0), b = *source(1), c = *source(2), d = *source(3);
+  const auto source = [=](std::int64_t row) {
+    return *reinterpret_cast<const Vector*>(rows + row * width) * scales[row];
+  };
+  const Vector a = source(0), b = source(1), c = source(2), d = source(3);
   const Vector ab_low = ENGINE_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = ENGINE_SHUFFLE(a, b, 2, 6, 3, 7);
   const Vector cd_low = ENGINE_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = ENGINE_SHUFFLE(c, d, 2, 6, 3, 7);
   const auto target = [=](std::int64_t k) { return reinterpret_cast<Vector*>(packed + k * panel); };
@@ -73,20 +78,22 @@ void transpose_4x4(const Real* rows, std::int64_t width, std::int64_t panel, Rea
 // Panels of `panel` rows, each [depth, panel], with zeros in place of the rows that the last one lacks.
 template <typename Real>
 void pack(const RowsPart<Real>& part, std::int64_t count, std::int64_t depth, std::int64_t panel, Real* packed) {
-  const Real* rows = part.entries;
   const std::int64_t width = part.stride;
-  for (std::int64_t start = 0; start < count; start += panel, rows += panel * width, packed += panel * depth) {
+  for (std::int64_t start = 0; start < count; start += panel, packed += panel * depth) {
+    const Real* rows = part.entries + start * width;
     const std::int64_t present = std::min(panel, count - start);
     if (present < panel) std::fill_n(packed, panel * depth, Real(0));
+    Real scales[kMostPanelRows];
+    for (std::int64_t row = 0; row < present; ++row) scales[row] = part.scale(start + row);
     const std::int64_t whole_rows = present / 4 * 4, whole_depth = depth / 4 * 4;
     for (std::int64_t k = 0; k < whole_depth; k += 4) {
       for (std::int64_t row = 0; row < whole_rows; row += 4) {
-        transpose_4x4(rows + row * width + k, width, panel, packed + k * panel + row);
+        transpose_4x4(rows + row * width + k, width, scales + row, panel, packed + k * panel + row);
       }
     }
     for (std::int64_t row = 0; row < present; ++row) {
       for (std::int64_t k = row < whole_rows ? whole_depth : 0; k < depth; ++k) {
-        packed[k * panel + row] = rows[row * width + k];
+        packed[k * panel + row] = rows[row * width + k] * scales[row];
       }
     }
   }

@@ -37,11 +37,14 @@ struct BFloat16 {
   explicit operator float() const { return float_of_bits(static_cast<std::uint32_t>(bits) << 16); }
 };
 
-// Columns [column, column + depth) of some rows: entry (i, k) at i * stride + k.
+// Columns [column, column + depth) of some rows: entry (i, k) is entries[i * stride + k] * scale(i).
 template <typename Real>
 struct RowsPart {
   const Real* entries;
   std::int64_t stride;
+  const Real* scales;
+
+  Real scale(std::int64_t i) const { return scales ? scales[i] : Real(1); }
 };
 
 // A contiguous matrix of any float type, each row times its scale where `scales` is not null. A block of rows is read
@@ -64,47 +67,58 @@ class StoredRows {
 
   // `count` rows from `first` on, [count, width]. Valid until `buffer` is used again.
   const Real* block(std::int64_t first, std::int64_t count, std::vector<Real>& buffer) const {
-    return part(first, count, 0, width_, buffer).entries;
+    if (storage_ == kPlain && scales_ == nullptr) return static_cast<const Real*>(data_) + first * width_;
+    reserve(buffer, count * width_);
+    if (scales_ == nullptr) {
+      convert(first, 0, count * width_, Real(1), buffer.data());  // there is no gap between rows
+    } else {
+      for (std::int64_t row = 0; row < count; ++row) read(first + row, 0, width_, buffer.data() + row * width_);
+    }
+    return buffer.data();
   }
 
   // `depth` columns of them, from `column` on. Valid until `buffer` is used again.
   RowsPart<Real> part(std::int64_t first, std::int64_t count, std::int64_t column, std::int64_t depth,
                       std::vector<Real>& buffer) const {
-    if (storage_ == kPlain && scales_ == nullptr) {
-      return {static_cast<const Real*>(data_) + first * width_ + column, width_};
+    const Real* scales = scales_ ? scales_ + first : nullptr;
+    if (storage_ == kPlain) return {static_cast<const Real*>(data_) + first * width_ + column, width_, scales};
+    reserve(buffer, count * depth);
+    for (std::int64_t row = 0; row < count; ++row) {
+      convert(first + row, column, depth, Real(1), buffer.data() + row * depth);
     }
-    const std::size_t entries = static_cast<std::size_t>(count * depth);
-    if (buffer.size() < entries) buffer.resize(entries);
-    if (depth == width_ && scales_ == nullptr) {
-      read(first, 0, count * depth, buffer.data());  // rows without a gap between them
-    } else {
-      for (std::int64_t row = 0; row < count; ++row) read(first + row, column, depth, buffer.data() + row * depth);
-    }
-    return {buffer.data(), depth};
+    return {buffer.data(), depth, scales};
   }
 
   // Copies columns [column, column + depth) of one row.
   void read(std::int64_t row, std::int64_t column, std::int64_t depth, Real* target) const {
-    switch (storage_) {
-      case Storage::float32:
-        return convert<float>(row, column, depth, target);
-      case Storage::float64:
-        return convert<double>(row, column, depth, target);
-      case Storage::float16:
-        return convert<Float16>(row, column, depth, target);
-      default:
-        return convert<BFloat16>(row, column, depth, target);
-    }
+    convert(row, column, depth, scales_ ? scales_[row] : Real(1), target);
   }
 
  private:
   static constexpr Storage kPlain = std::is_same_v<Real, float> ? Storage::float32 : Storage::float64;
 
+  static void reserve(std::vector<Real>& buffer, std::int64_t entries) {
+    if (buffer.size() < static_cast<std::size_t>(entries)) buffer.resize(static_cast<std::size_t>(entries));
+  }
+
+  // target[k] = scale * the entry k places after `column` of `row`, for k < count.
+  void convert(std::int64_t row, std::int64_t column, std::int64_t count, Real scale, Real* target) const {
+    const std::int64_t first = row * width_ + column;
+    switch (storage_) {
+      case Storage::float32:
+        return convert_from(static_cast<const float*>(data_) + first, count, scale, target);
+      case Storage::float64:
+        return convert_from(static_cast<const double*>(data_) + first, count, scale, target);
+      case Storage::float16:
+        return convert_from(static_cast<const Float16*>(data_) + first, count, scale, target);
+      default:
+        return convert_from(static_cast<const BFloat16*>(data_) + first, count, scale, target);
+    }
+  }
+
   template <typename Stored>
-  void convert(std::int64_t row, std::int64_t column, std::int64_t depth, Real* target) const {
-    const Stored* source = static_cast<const Stored*>(data_) + row * width_ + column;
-    const Real scale = scales_ ? scales_[row] : Real(1);
-    for (std::int64_t k = 0; k < depth; ++k) {
+  static void convert_from(const Stored* source, std::int64_t count, Real scale, Real* target) {
+    for (std::int64_t k = 0; k < count; ++k) {
       if constexpr (std::is_floating_point_v<Stored>) {
         target[k] = static_cast<Real>(source[k]) * scale;
       } else {

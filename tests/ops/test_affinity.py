@@ -31,6 +31,13 @@ def test_keeps_the_largest_positive_similarities_and_the_lower_index_on_ties(row
     torch.testing.assert_close(stored(graph), row_by_row(queries, bank, k), rtol=1e-14, atol=0)
 
 
+def test_any_vector_instructions_give_the_same_graph(isa):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-2, 3, (530, 9), generator=generator).float()  # small integers: exact, many ties
+    for bank in (rows, rows[:497]):
+        torch.testing.assert_close(stored(ops.affinity(rows, bank, 7)), row_by_row(rows, bank, 7))
+
+
 @pytest.mark.parametrize("name", ["a1_cmfp_train_clustered", "a2_cmfp_train_negatives_k40"])
 def test_reproduces_the_blocks_of_the_released_graph(name):
     arrays = fixture(name)
