@@ -187,7 +187,7 @@ def softmax_of(
     *,
     gathered: Tensor | None,
     weights: Tensor | None = None,
-    precision: str = "ieee",
+    precision: str,
 ) -> Softmax:
     """One pass over the bank. `gathered` `[B, D]` float32 zeros receives the sums of bank rows; None leaves them out."""
     (row_count, width), bank_count = features.shape, bank.shape[0]

@@ -82,7 +82,7 @@ def _positives_kernel(
 
 
 def neighbor_contrast(
-    features: Tensor, bank: Tensor, positives: Tensor, temperature: float, with_gradient: bool
+    features: Tensor, bank: Tensor, positives: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Losses [B] and, when asked for, their gradients [B, D], float32."""
     features, bank, positives = features.contiguous(), bank.contiguous(), positives.contiguous()
@@ -91,7 +91,8 @@ def neighbor_contrast(
     gradient = features.new_zeros(row_count if with_gradient else 0, width, dtype=torch.float32)
     if row_count == 0:
         return losses, gradient
-    softmax = softmax_of(features, bank, temperature, gathered=gradient if with_gradient else None)
+    gathered = gradient if with_gradient else None
+    softmax = softmax_of(features, bank, temperature, gathered=gathered, precision=precision)
     _positives_kernel[(row_count,)](
         features,
         bank,

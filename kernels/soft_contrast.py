@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from engine.kernels._contrast import softmax_of
+from engine.ops._precision import products
 
 
 def soft_contrast(
-    features: Tensor, bank: Tensor, weights: Tensor, temperature: float, with_gradient: bool
+    features: Tensor, bank: Tensor, weights: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Losses [B] and, when asked for, their gradients [B, D], float32.
 
@@ -22,10 +23,12 @@ def soft_contrast(
     if row_count == 0 or bank.shape[0] == 0:
         return features.new_zeros(row_count, dtype=torch.float32), gradient
     gathered = gradient if with_gradient else None
-    softmax = softmax_of(features, bank, temperature, gathered=gathered, weights=weights)
+    softmax = softmax_of(features, bank, temperature, gathered=gathered, weights=weights, precision=precision)
     totals = weights.sum(dim=1, dtype=torch.float32)
     losses = totals * (softmax.largest + softmax.sums.log()) - softmax.products
     if with_gradient:
         gradient *= (totals / softmax.sums).unsqueeze(1)
-        gradient.addmm_(weights.float(), bank.float(), alpha=-1).div_(temperature)
+        with products(features.device, precision):
+            gradient.addmm_(weights.float(), bank.float(), alpha=-1)
+        gradient.div_(temperature)
     return losses, gradient

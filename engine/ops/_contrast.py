@@ -16,16 +16,16 @@ from torch import Tensor
 
 from engine.ops import _check, _native
 from engine.ops._backend import pick
-from engine.ops._precision import accumulation_dtype, no_autocast
+from engine.ops._precision import accumulation_dtype, check_precision, products
 
 BLOCK_ENTRIES = 1 << 22
 """Logits held at a time: 16 MB of float32."""
 
 REDUCTIONS = ("mean", "sum", "none")
-RowOperator = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+RowOperator = Callable[[Tensor, Tensor, Tensor, float, bool, str], tuple[Tensor, Tensor]]
 
 
-def check(features: Tensor, bank: Tensor, temperature: float, reduction: str) -> None:
+def check(features: Tensor, bank: Tensor, temperature: float, reduction: str, precision: str) -> None:
     """Check the arguments that all losses against a bank have. Features and bank may differ in float dtype."""
     _check.tensor("features", features, "B D")
     _check.tensor("bank", bank, "N D")
@@ -34,12 +34,13 @@ def check(features: Tensor, bank: Tensor, temperature: float, reduction: str) ->
     _check.constant("bank", bank)
     _check.positive("temperature", temperature)
     _check.choice("reduction", reduction, REDUCTIONS)
+    check_precision(precision)
 
 
-def logits(features: Tensor, bank: Tensor, temperature: float) -> Tensor:
+def logits(features: Tensor, bank: Tensor, temperature: float, precision: str) -> Tensor:
     """[B, N] inner products over the temperature, in float32 at least."""
     dtype = accumulation_dtype(features, bank)
-    with no_autocast(features.device):
+    with products(features.device, precision):
         return (features.to(dtype) / temperature) @ bank.to(dtype).T
 
 
@@ -59,6 +60,7 @@ def in_blocks(
     target: Tensor,
     temperature: float,
     with_gradient: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Losses [B] and, when asked for, their gradients [B, D], without the [B, N] logits in memory.
 
@@ -66,15 +68,15 @@ def in_blocks(
         row_losses: (logits [b, N], target [b, ...]) -> losses [b].
         residual: (logits [b, N], target [b, ...]) -> d losses / d logits [b, N].
     """
-    losses, gradient = _outputs(features, bank, target, temperature, with_gradient)
+    losses, gradient = _outputs(features, bank, target, temperature, with_gradient, precision)
     bank = bank.to(losses.dtype)
     block_rows = max(1, BLOCK_ENTRIES // max(1, bank.shape[0]))
     for start in range(0, features.shape[0], block_rows):
         rows = slice(start, start + block_rows)
-        scores = logits(features[rows], bank, temperature)
+        scores = logits(features[rows], bank, temperature, precision)
         losses[rows] = row_losses(scores, target[rows])
         if with_gradient:
-            with no_autocast(features.device):
+            with products(features.device, precision):
                 torch.mm(residual(scores, target[rows]), bank, out=gradient[rows])
     return losses, gradient.div_(temperature)
 
@@ -94,7 +96,7 @@ def native(
         target: addresses of what the loss has beside features and bank.
         sizes: what the function takes beside the rows of features and bank.
     """
-    losses, gradient = _outputs(features, bank, bank, temperature, with_gradient)
+    losses, gradient = _outputs(features, bank, bank, temperature, with_gradient, "ieee")
     features, bank = features.to(losses.dtype).contiguous(), bank.contiguous()
     _native.function(name, losses.dtype)(
         features.data_ptr(),
@@ -113,12 +115,12 @@ def native(
 
 
 def row_operator(name: str) -> RowOperator:
-    """The custom operator `engine::name`(features, bank, target, temperature, with_gradient) -> (losses, gradient)."""
+    """`engine::name`(features, bank, target, temperature, with_gradient, precision) -> (losses, gradient)."""
 
     def run(
-        features: Tensor, bank: Tensor, target: Tensor, temperature: float, with_gradient: bool
+        features: Tensor, bank: Tensor, target: Tensor, temperature: float, with_gradient: bool, precision: str
     ) -> tuple[Tensor, Tensor]:
-        return pick(name, features.device)(features, bank, target, temperature, with_gradient)
+        return pick(name, features.device)(features, bank, target, temperature, with_gradient, precision)
 
     operator = torch.library.custom_op(f"engine::{name}", run, mutates_args=())
     operator.register_fake(_outputs)
@@ -126,14 +128,16 @@ def row_operator(name: str) -> RowOperator:
     return operator
 
 
-def losses_of(operator: RowOperator, features: Tensor, bank: Tensor, target: Tensor, temperature: float) -> Tensor:
+def losses_of(
+    operator: RowOperator, features: Tensor, bank: Tensor, target: Tensor, temperature: float, precision: str
+) -> Tensor:
     """Losses [B] of a row operator, with the gradient prepared only where a backward can follow."""
     with_gradient = features.requires_grad and torch.is_grad_enabled()
-    return operator(features, bank, target, float(temperature), with_gradient)[0]
+    return operator(features, bank, target, float(temperature), with_gradient, precision)[0]
 
 
 def _outputs(
-    features: Tensor, bank: Tensor, target: Tensor, temperature: float, with_gradient: bool
+    features: Tensor, bank: Tensor, target: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(features, bank)
     row_count, width = features.shape
@@ -153,4 +157,4 @@ def _backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor | None, 
     if torch.is_grad_enabled():  # create_graph=True would take the gradient for a constant
         raise NotImplementedError("a loss against a memory bank has no second derivative: create_graph must be False")
     (gradient,) = ctx.saved_tensors
-    return (grad_losses.unsqueeze(1) * gradient).to(ctx.dtype), None, None, None, None
+    return (grad_losses.unsqueeze(1) * gradient).to(ctx.dtype), None, None, None, None, None

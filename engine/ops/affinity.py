@@ -7,12 +7,12 @@ from torch import Tensor
 
 from engine.ops import _check, _csr
 from engine.ops._backend import pick
-from engine.ops._precision import accumulation_dtype
+from engine.ops._precision import accumulation_dtype, check_precision
 from engine.ops.topk import topk
 
 
 @torch.no_grad()
-def affinity(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+def affinity(queries: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") -> Tensor:
     """One block of the propagation graph: `A_ij = max(s_ij, 0) / sum` over the `k` largest `s_ij = q_i . b_j` of row i.
 
     SALCR (Cheng et al., IJCV 2025), the graph of Eq. 28. Of equal similarities at the k-th place the lower index is
@@ -22,6 +22,7 @@ def affinity(queries: Tensor, bank: Tensor, k: int) -> Tensor:
         queries: `[B, D]` float32, float16, bfloat16 or float64; no gradient is computed.
         bank: `[N, D]`, likewise.
         k: neighbours kept per row at most.
+        precision: "ieee" = products to the rounding of float32; "fast" = on a GPU they may be TF32 or bfloat16.
 
     Returns:
         `[B, N]` `torch.sparse_csr`, columns ascending; float64 for float64 inputs, else float32.
@@ -36,12 +37,13 @@ def affinity(queries: Tensor, bank: Tensor, k: int) -> Tensor:
     _check.no_nan("queries", queries)
     _check.no_nan("bank", bank)
     _check.count("k", k)
-    return pick("affinity", queries.device)(queries, bank, k)
+    check_precision(precision)
+    return pick("affinity", queries.device)(queries, bank, k, precision=precision)
 
 
-def reference(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+def reference(queries: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") -> Tensor:
     """Neighbours from `topk`, sorted by column."""
-    values, indices = topk(queries, bank, k)
+    values, indices = topk(queries, bank, k, precision=precision)
     values = values.to(accumulation_dtype(values))
     bank_count = bank.shape[0]
     columns, order = indices.masked_fill(~(values > 0), bank_count).sort(dim=1)

@@ -9,7 +9,13 @@ from engine.ops import _check, _contrast
 
 
 def cluster_contrast(
-    features: Tensor, bank: Tensor, labels: Tensor, temperature: float, *, reduction: str = "mean"
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    temperature: float,
+    *,
+    reduction: str = "mean",
+    precision: str = "ieee",
 ) -> Tensor:
     """`-log softmax_c(f_i . m_c / t)[y_i]`, SALCR Eq. 1, 2, 5, 6, 12, 13.
 
@@ -19,6 +25,7 @@ def cluster_contrast(
         labels: `[B]` int64 in [-1, C); -1 leaves a row out, of the mean too.
         temperature: t > 0.
         reduction: "mean" over the rows not left out, "sum", or "none" for `[B]` losses, 0 where left out.
+        precision: "ieee" = products to the rounding of float32; "fast" = on a GPU they may be TF32 or bfloat16.
 
     Returns:
         The loss in float32, or float64 if an input is float64. Without any row it is 0, with gradient 0.
@@ -27,27 +34,36 @@ def cluster_contrast(
         TypeError, ValueError: an argument is not as described, or the bank requires a gradient.
         NotImplementedError: a second derivative is asked for.
     """
-    _contrast.check(features, bank, temperature, reduction)
+    _contrast.check(features, bank, temperature, reduction, precision)
     _check_labels(features, bank, labels)
-    losses = _contrast.losses_of(_operator, features, bank, labels, temperature)
+    losses = _contrast.losses_of(_operator, features, bank, labels, temperature, precision)
     return _contrast.reduce(losses, _kept(labels, bank.shape[0]), reduction)
 
 
-def reference(features: Tensor, bank: Tensor, labels: Tensor, temperature: float, *, reduction: str = "mean") -> Tensor:
+def reference(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    temperature: float,
+    *,
+    reduction: str = "mean",
+    precision: str = "ieee",
+) -> Tensor:
     """The definition, on the whole [B, C] logits."""
-    losses = _row_losses(_contrast.logits(features, bank, temperature), labels)
+    losses = _row_losses(_contrast.logits(features, bank, temperature, precision), labels)
     return _contrast.reduce(losses, _kept(labels, bank.shape[0]), reduction)
 
 
 def rows(
-    features: Tensor, bank: Tensor, labels: Tensor, temperature: float, with_gradient: bool
+    features: Tensor, bank: Tensor, labels: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Losses [B] and their gradients [B, D], in blocks of rows of the definition."""
-    return _contrast.in_blocks(_row_losses, _residual, features, bank, labels, temperature, with_gradient)
+    arguments = (features, bank, labels, temperature, with_gradient, precision)
+    return _contrast.in_blocks(_row_losses, _residual, *arguments)
 
 
 def cpu(
-    features: Tensor, bank: Tensor, labels: Tensor, temperature: float, with_gradient: bool
+    features: Tensor, bank: Tensor, labels: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """csrc/neighbor_contrast.cpp, as the label is the only positive."""
     labels = labels.contiguous()

@@ -8,13 +8,13 @@ from torch.nn import functional
 
 from engine.ops import _check, _native
 from engine.ops._backend import pick
-from engine.ops._precision import accumulation_dtype
+from engine.ops._precision import accumulation_dtype, check_precision
 from engine.ops.affinity import affinity
 from engine.ops.propagate import propagate
 
 
 @torch.no_grad()
-def cmfp(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
+def cmfp(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: str = "ieee") -> tuple[Tensor, Tensor]:
     """Every feature becomes the mean of its neighbours in both modalities.
 
         [F^v'; F^r'] = [[A(v, v), A(v, r)], [A(r, v), A(r, r)]] [F^v; F^r]
@@ -28,6 +28,7 @@ def cmfp(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True) -> tuple[Te
         ir: `[Nr, D]`, likewise.
         k: neighbours per block.
         normalize: whether the results are L2-normalised.
+        precision: "ieee" = products to the rounding of float32; "fast" = on a GPU they may be TF32 or bfloat16.
 
     Returns:
         (vis', ir') of the shapes and dtypes given; a zero row has no neighbour and stays zero.
@@ -42,22 +43,26 @@ def cmfp(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True) -> tuple[Te
     _check.no_nan("vis", vis)
     _check.no_nan("ir", ir)
     _check.count("k", k)
-    return pick("cmfp", vis.device)(vis, ir, k, normalize=normalize)
+    check_precision(precision)
+    return pick("cmfp", vis.device)(vis, ir, k, normalize=normalize, precision=precision)
 
 
-def reference(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
+def reference(
+    vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: str = "ieee"
+) -> tuple[Tensor, Tensor]:
     """The four blocks one after the other, none of them dense."""
     dtype = accumulation_dtype(vis, ir)
     unit_vis, unit_ir = functional.normalize(vis.to(dtype), dim=1), functional.normalize(ir.to(dtype), dim=1)
 
     def spread(rows: Tensor) -> Tensor:
-        sums = propagate(affinity(rows, unit_vis, k), unit_vis) + propagate(affinity(rows, unit_ir, k), unit_ir)
+        to_vis, to_ir = (affinity(rows, bank, k, precision=precision) for bank in (unit_vis, unit_ir))
+        sums = propagate(to_vis, unit_vis) + propagate(to_ir, unit_ir)
         return functional.normalize(sums, dim=1) if normalize else sums
 
     return spread(unit_vis).to(vis.dtype), spread(unit_ir).to(ir.dtype)
 
 
-def cpu(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
+def cpu(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: str = "ieee") -> tuple[Tensor, Tensor]:
     """csrc/cmfp.cpp: every similarity is computed once and serves both of its rows; no normalised copy is made."""
     dtype = accumulation_dtype(vis, ir)
     vis, ir = vis.contiguous(), ir.contiguous()

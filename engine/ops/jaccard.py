@@ -7,13 +7,13 @@ from torch import Tensor
 
 from engine.ops import _check, _csr
 from engine.ops._backend import pick
-from engine.ops._precision import accumulation_dtype
+from engine.ops._precision import accumulation_dtype, check_precision
 from engine.ops._reciprocal import ONE, Entries, entries_of, expanded, min_products, query_expansion, reciprocal, stack
 from engine.ops.topk import topk
 
 
 @torch.no_grad()
-def jaccard(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
+def jaccard(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ieee") -> Tensor:
     """How little the neighbourhoods of two rows overlap: k-reciprocal encoding, query expansion, Jaccard distance.
 
     Zhong et al., *Re-ranking Person Re-identification with k-reciprocal Encoding* (CVPR 2017), with the neighbour
@@ -31,6 +31,7 @@ def jaccard(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
             in which distance and inner product give one order; rows of other lengths are taken as they are.
         k1: neighbours of the reciprocal sets, the row itself included; where it exceeds N, all rows are used.
         k2: neighbours of the query expansion, the row itself included; 1 = none.
+        precision: of the search for neighbours: "ieee" = float32; "fast" = on a GPU it may be TF32 or bfloat16.
 
     Returns:
         `[N, N]` `torch.sparse_csr`, columns ascending, symmetric bit for bit; float64 for float64 features, else
@@ -43,22 +44,23 @@ def jaccard(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
     _check.no_nan("features", features)
     _check.count("k1", k1, 1)
     _check.count("k2", k2, 1)
-    return pick("jaccard", features.device)(features, k1, k2)
+    check_precision(precision)
+    return pick("jaccard", features.device)(features, k1, k2, precision=precision)
 
 
-def reference(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
+def reference(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ieee") -> Tensor:
     """Index sets as sorted keys `row * N + column`; the N x N sums in blocks of rows."""
     dtype = accumulation_dtype(features)
     if len(features) == 0:
         nothing = torch.empty(0, dtype=torch.int64, device=features.device)
         return _csr.build(nothing, nothing, features.new_empty(0, dtype=dtype), 0)
-    rank = _nearest(features, min(k1, features.shape[0]))
+    rank = _nearest(features, min(k1, features.shape[0]), precision)
     members = expanded(reciprocal(rank), reciprocal(rank[:, : _half(k1)]), len(rank))
     weights = query_expansion(_weights(features, members), rank[:, :k2])
     return _distance(weights, full=rank[:, :k2].shape[1] * ONE, dtype=dtype)
 
 
-def cpu(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
+def cpu(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ieee") -> Tensor:
     """csrc/jaccard.cpp, after the search for neighbours."""
     from engine import _C
 
@@ -66,7 +68,7 @@ def cpu(features: Tensor, k1: int = 30, k2: int = 6) -> Tensor:
     run = _C.jaccard_float64 if dtype == torch.float64 else _C.jaccard_float32
     rows = features.to(dtype).contiguous()
     count, width = rows.shape
-    rank = _nearest(features, min(k1, count)).contiguous()
+    rank = _nearest(features, min(k1, count), precision).contiguous()
     found, threads = rank.shape[1], torch.get_num_threads()
     distances = run(
         rows.data_ptr(),
@@ -90,14 +92,15 @@ def _half(k1: int) -> int:
     return round(k1 / 2) + 1
 
 
-def _nearest(features: Tensor, k: int) -> Tensor:
+def _nearest(features: Tensor, k: int, precision: str) -> Tensor:
     """The k nearest of every row by Euclidean distance, itself included, `[N, k]`."""
     rows = features.to(accumulation_dtype(features))
     squared = rows.square().sum(dim=1, keepdim=True)
     if torch.allclose(squared, torch.ones_like(squared), atol=1e-5):
-        return topk(features, features, k)[1]
+        return topk(features, features, k, precision=precision)[1]
     # f_i . f_j - ||f_j||^2 / 2 falls with the distance: an inner product with one more column.
-    return topk(torch.cat([rows, torch.ones_like(squared)], 1), torch.cat([rows, -squared / 2], 1), k)[1]
+    queries, bank = torch.cat([rows, torch.ones_like(squared)], 1), torch.cat([rows, -squared / 2], 1)
+    return topk(queries, bank, k, precision=precision)[1]
 
 
 def _weights(features: Tensor, members: Tensor) -> Tensor:

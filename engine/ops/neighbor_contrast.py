@@ -9,7 +9,13 @@ from engine.ops import _check, _contrast
 
 
 def neighbor_contrast(
-    features: Tensor, bank: Tensor, positives: Tensor, temperature: float, *, reduction: str = "mean"
+    features: Tensor,
+    bank: Tensor,
+    positives: Tensor,
+    temperature: float,
+    *,
+    reduction: str = "mean",
+    precision: str = "ieee",
 ) -> Tensor:
     """`-log( sum_{j in P_i} e^{s_ij} / sum_j e^{s_ij} )` with `s_ij = f_i . m_j / t`, SALCR Eq. 18, 19, 24, 25.
 
@@ -20,6 +26,7 @@ def neighbor_contrast(
             positive is left out, of the mean too.
         temperature: t > 0.
         reduction: "mean" over the rows not left out, "sum", or "none" for `[B]` losses, 0 where left out.
+        precision: "ieee" = products to the rounding of float32; "fast" = on a GPU they may be TF32 or bfloat16.
 
     Returns:
         The loss in float32, or float64 if an input is float64. Without any row it is 0, with gradient 0.
@@ -28,32 +35,39 @@ def neighbor_contrast(
         TypeError, ValueError: an argument is not as described, or the bank requires a gradient.
         NotImplementedError: a second derivative is asked for.
     """
-    _contrast.check(features, bank, temperature, reduction)
+    _contrast.check(features, bank, temperature, reduction, precision)
     _check.indices("positives", positives, "B P")
     _check.like("positives", positives, "features", features, dtype=False)
     _check.size("positives", positives, 0, features.shape[0], "the rows of features")
     _check.in_range("positives", positives, bank.shape[0])
-    losses = _contrast.losses_of(_operator, features, bank, positives, temperature)
+    losses = _contrast.losses_of(_operator, features, bank, positives, temperature, precision)
     return _contrast.reduce(losses, _valid(positives, bank.shape[0]).any(dim=1), reduction)
 
 
 def reference(
-    features: Tensor, bank: Tensor, positives: Tensor, temperature: float, *, reduction: str = "mean"
+    features: Tensor,
+    bank: Tensor,
+    positives: Tensor,
+    temperature: float,
+    *,
+    reduction: str = "mean",
+    precision: str = "ieee",
 ) -> Tensor:
     """The definition, on the whole [B, N] logits."""
-    losses = _row_losses(_contrast.logits(features, bank, temperature), positives)
+    losses = _row_losses(_contrast.logits(features, bank, temperature, precision), positives)
     return _contrast.reduce(losses, _valid(positives, bank.shape[0]).any(dim=1), reduction)
 
 
 def rows(
-    features: Tensor, bank: Tensor, positives: Tensor, temperature: float, with_gradient: bool
+    features: Tensor, bank: Tensor, positives: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Losses [B] and their gradients [B, D], in blocks of rows of the definition."""
-    return _contrast.in_blocks(_row_losses, _residual, features, bank, positives, temperature, with_gradient)
+    arguments = (features, bank, positives, temperature, with_gradient, precision)
+    return _contrast.in_blocks(_row_losses, _residual, *arguments)
 
 
 def cpu(
-    features: Tensor, bank: Tensor, positives: Tensor, temperature: float, with_gradient: bool
+    features: Tensor, bank: Tensor, positives: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """csrc/neighbor_contrast.cpp: an online softmax in one pass over the bank."""
     positives = positives.contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.ops import _check
 from engine.ops._backend import pick
-from engine.ops._precision import accumulation_dtype, no_autocast
+from engine.ops._precision import accumulation_dtype, check_precision, products
 from engine.ops.sinkhorn import argmax, check_settings, check_weight, log_weight, scale, solve, solve_native
 
 COST_BYTES = 1 << 29
@@ -27,6 +27,7 @@ def ot_assign(
     relax: float | None = None,
     max_iter: int = 500,
     tol: float = 1e-3,
+    precision: str = "ieee",
 ) -> Tensor:
     """`argmax_j Q_ij` of the transport plan Q with cost `||f_i - m_j||^2`: SALCR (IJCV 2025) Eq. 4, 5.
 
@@ -36,6 +37,7 @@ def ot_assign(
         features: `[N, D]` float32, float16, bfloat16 or float64; no gradient is computed.
         prototypes: `[C, D]`, likewise.
         reg, a, b, relax, max_iter, tol: as in `sinkhorn`.
+        precision: "ieee" = products to the rounding of float32; "fast" = on a GPU they may be TF32 or bfloat16.
 
     Returns:
         `[N]` int64, the lower index on ties; -1 where there is no prototype.
@@ -50,10 +52,11 @@ def ot_assign(
     _check.no_nan("features", features)
     _check.no_nan("prototypes", prototypes)
     check_settings(reg, relax, max_iter, tol)
+    check_precision(precision)
     check_weight("a", a, features.shape[:1], features)
     check_weight("b", b, prototypes.shape[:1], features)
     function = pick("ot_assign", features.device)
-    return function(features, prototypes, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol)
+    return function(features, prototypes, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol, precision=precision)
 
 
 def reference(
@@ -66,18 +69,19 @@ def reference(
     relax: float | None = None,
     max_iter: int = 500,
     tol: float = 1e-3,
+    precision: str = "ieee",
 ) -> Tensor:
     """`sinkhorn.solve` on the cost, kept whole or made in blocks of rows."""
     centres = prototypes.to(accumulation_dtype(features, prototypes))
     if _fits(features, centres):
-        whole = scale(_cost(features, centres), reg)
+        whole = scale(_cost(features, centres, precision), reg)
 
         def costs() -> Iterable[Tensor]:
             return (whole,)
     else:
 
         def costs() -> Iterable[Tensor]:
-            return (scale(_cost(rows, centres), reg) for rows in features.split(_block_rows(centres)))
+            return (scale(_cost(rows, centres, precision), reg) for rows in features.split(_block_rows(centres)))
 
     log_a, log_b = log_weight(a, features.shape[:1], centres), log_weight(b, prototypes.shape[:1], centres)
     log_v = solve(costs, log_a, log_b, reg, relax, max_iter, tol)[1]
@@ -94,20 +98,23 @@ def cpu(
     relax: float | None = None,
     max_iter: int = 500,
     tol: float = 1e-3,
+    precision: str = "ieee",
 ) -> Tensor:
     """`sinkhorn.solve_native` on the cost. One that is not kept goes to the reference: its time is that of the products."""
     centres = prototypes.to(accumulation_dtype(features, prototypes))
     if not _fits(features, centres):
-        return reference(features, prototypes, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol)
-    cost = _cost(features, centres)
+        return reference(
+            features, prototypes, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol, precision=precision
+        )
+    cost = _cost(features, centres, precision)
     log_a, log_b = log_weight(a, features.shape[:1], cost), log_weight(b, prototypes.shape[:1], cost)
     log_v = solve_native(cost, log_a, log_b, reg, relax, max_iter, tol)[1]
     return torch.cat([argmax(log_v - scale(block, reg)) for block in cost.split(_block_rows(centres))])
 
 
-def _cost(features: Tensor, centres: Tensor) -> Tensor:
+def _cost(features: Tensor, centres: Tensor, precision: str) -> Tensor:
     """`||f_i - m_j||^2` without `||f_i||^2`, which is the same for a whole row: the row step absorbs it."""
-    with no_autocast(features.device):
+    with products(features.device, precision):
         return torch.addmm(centres.square().sum(dim=1), features.to(centres.dtype), centres.T, alpha=-2)
 
 

@@ -9,7 +9,13 @@ from engine.ops import _check, _contrast, _native
 
 
 def soft_contrast(
-    features: Tensor, bank: Tensor, weights: Tensor, temperature: float, *, reduction: str = "mean"
+    features: Tensor,
+    bank: Tensor,
+    weights: Tensor,
+    temperature: float,
+    *,
+    reduction: str = "mean",
+    precision: str = "ieee",
 ) -> Tensor:
     """`-sum_j w_ij log softmax_j(f_i . m_j / t)`, FIRM Eq. 18.
 
@@ -19,6 +25,7 @@ def soft_contrast(
         weights: `[B, C]` float, constant; a row need not sum to 1.
         temperature: t > 0.
         reduction: "mean" over the B rows, "sum", or "none" for `[B]` losses.
+        precision: "ieee" = products to the rounding of float32; "fast" = on a GPU they may be TF32 or bfloat16.
 
     Returns:
         The loss in float32, or float64 if features or bank are float64. Without any row it is 0.
@@ -27,33 +34,40 @@ def soft_contrast(
         TypeError, ValueError: an argument is not as described, or bank or weights require a gradient.
         NotImplementedError: a second derivative is asked for.
     """
-    _contrast.check(features, bank, temperature, reduction)
+    _contrast.check(features, bank, temperature, reduction, precision)
     _check.tensor("weights", weights, "B C")
     _check.like("weights", weights, "features", features, dtype=False)
     _check.size("weights", weights, 0, features.shape[0], "the rows of features")
     _check.size("weights", weights, 1, bank.shape[0], "the rows of bank")
     _check.constant("weights", weights)
-    losses = _contrast.losses_of(_operator, features, bank, weights, temperature)
+    losses = _contrast.losses_of(_operator, features, bank, weights, temperature, precision)
     return _contrast.reduce(losses, torch.ones_like(losses), reduction)
 
 
 def reference(
-    features: Tensor, bank: Tensor, weights: Tensor, temperature: float, *, reduction: str = "mean"
+    features: Tensor,
+    bank: Tensor,
+    weights: Tensor,
+    temperature: float,
+    *,
+    reduction: str = "mean",
+    precision: str = "ieee",
 ) -> Tensor:
     """The definition, on the whole [B, C] logits."""
-    losses = _row_losses(_contrast.logits(features, bank, temperature), weights)
+    losses = _row_losses(_contrast.logits(features, bank, temperature, precision), weights)
     return _contrast.reduce(losses, torch.ones_like(losses), reduction)
 
 
 def rows(
-    features: Tensor, bank: Tensor, weights: Tensor, temperature: float, with_gradient: bool
+    features: Tensor, bank: Tensor, weights: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Losses [B] and their gradients [B, D], in blocks of rows of the definition."""
-    return _contrast.in_blocks(_row_losses, _residual, features, bank, weights, temperature, with_gradient)
+    arguments = (features, bank, weights, temperature, with_gradient, precision)
+    return _contrast.in_blocks(_row_losses, _residual, *arguments)
 
 
 def cpu(
-    features: Tensor, bank: Tensor, weights: Tensor, temperature: float, with_gradient: bool
+    features: Tensor, bank: Tensor, weights: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     """csrc/soft_contrast.cpp: the scores of a block of rows, then what is left of them once normalised."""
     weights = weights.contiguous()

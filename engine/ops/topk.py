@@ -8,14 +8,16 @@ from torch import Tensor
 from engine.ops import _check, _native
 from engine.ops._backend import pick
 from engine.ops._neighbors import largest
-from engine.ops._precision import accumulation_dtype, no_autocast
+from engine.ops._precision import accumulation_dtype, check_precision, products
 
 BLOCK_ENTRIES = 1 << 23
 """Similarities held at a time by the reference: 32 MB of float32."""
 
 
 @torch.no_grad()
-def topk(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+def topk(
+    queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False, precision: str = "ieee"
+) -> tuple[Tensor, Tensor]:
     """The `k` largest inner products of every query with the rows of a bank, exact, without the [B, N] matrix.
 
     Args:
@@ -23,6 +25,7 @@ def topk(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -
         bank: `[N, D]`, likewise.
         k: how many; beyond the rows there are, the result is padded.
         exclude_self: row i of the bank is query i itself (B = N) and is no neighbour of it.
+        precision: "ieee" = products to the rounding of float32; "fast" = on a GPU they may be TF32 or bfloat16.
 
     Returns:
         values `[B, k]` in the inputs' common dtype and indices `[B, k]` int64, ordered by (similarity descending,
@@ -37,12 +40,15 @@ def topk(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -
     _check.like("bank", bank, "queries", queries, dtype=False)
     _check.size("bank", bank, 1, queries.shape[1], "the width of queries")
     _check.count("k", k)
+    check_precision(precision)
     if exclude_self:
         _check.size("queries", queries, 0, bank.shape[0], "the rows of bank, as exclude_self is set")
-    return pick("topk", queries.device)(queries, bank, k, exclude_self=exclude_self)
+    return pick("topk", queries.device)(queries, bank, k, exclude_self=exclude_self, precision=precision)
 
 
-def reference(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+def reference(
+    queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False, precision: str = "ieee"
+) -> tuple[Tensor, Tensor]:
     """`torch.topk` of the similarities with a defined order among equals, in blocks of queries."""
     query_count, bank_count = queries.shape[0], bank.shape[0]
     dtype = accumulation_dtype(queries, bank)
@@ -55,7 +61,7 @@ def reference(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = Fal
     block_rows = max(1, BLOCK_ENTRIES // bank_count)
     for start in range(0, query_count, block_rows):
         rows = slice(start, start + block_rows)
-        with no_autocast(queries.device):
+        with products(queries.device, precision):
             similarity = queries[rows].to(dtype) @ columns
         if exclude_self:
             similarity.diagonal(offset=start).fill_(-torch.inf)
@@ -65,7 +71,9 @@ def reference(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = Fal
     return values, indices
 
 
-def cpu(queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+def cpu(
+    queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False, precision: str = "ieee"
+) -> tuple[Tensor, Tensor]:
     """csrc/topk.cpp: products in blocks that stay in cache, each used for both of its rows where queries is bank."""
     dtype = accumulation_dtype(queries, bank)
     rows = queries.contiguous()

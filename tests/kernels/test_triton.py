@@ -27,7 +27,7 @@ POINTERS = {
 }
 
 
-def arguments(op: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(op: str, dtype: torch.dtype, precision: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the engine hands to the kernels of an operator at the sizes they are made for."""
     if op == "sinkhorn":
         return (torch.empty(2, 11909, 800, dtype=dtype), 0.1), {"relax": 1.0, "max_iter": 2}
@@ -37,7 +37,7 @@ def arguments(op: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, A
         "neighbor_contrast": torch.empty(256, 30, dtype=torch.int64),
         "soft_contrast": torch.empty(256, 9000),
     }
-    return (features, bank, target[op], 0.05, True), {}
+    return (features, bank, target[op], 0.05, True, precision), {}
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,11 @@ KERNELS = sorted(path.stem for path in (HERE.parents[1] / "kernels").glob("[a-z]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("precision", ["ieee", "fast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", KERNELS)
-def test_kernels_compile_without_spilling_registers(op, dtype, capability, launched):
-    positional, named = arguments(op, dtype)
+def test_kernels_compile_without_spilling_registers(op, dtype, precision, capability, launched):
+    positional, named = arguments(op, dtype, precision)
     getattr(importlib.import_module(f"engine.kernels.{op}"), op)(*positional, **named)
     assert launched
     for launch in {repr(launch): launch for launch in launched}.values():

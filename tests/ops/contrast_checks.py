@@ -118,8 +118,8 @@ def check_operator(name: str, target: Tensor, bank: Tensor) -> None:
     """The registered operator is what torch expects of one, and compiles without a graph break."""
     features = unit_rows(target.shape[0], bank.shape[1], seed=3).requires_grad_()
     operator = getattr(torch.ops.engine, name).default
-    torch.library.opcheck(operator, (features, bank, target, TEMPERATURE, True))
-    torch.library.opcheck(operator, (features.detach(), bank, target, TEMPERATURE, False))
+    torch.library.opcheck(operator, (features, bank, target, TEMPERATURE, True, "ieee"))
+    torch.library.opcheck(operator, (features.detach(), bank, target, TEMPERATURE, False, "fast"))
     loss = getattr(ops, name)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     eager = value_and_gradient(loss, features, bank, target, TEMPERATURE)

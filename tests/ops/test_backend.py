@@ -46,9 +46,7 @@ def test_a_kernel_file_is_found_by_the_name_of_its_operator(monkeypatch, tmp_pat
     import engine.kernels
     from engine.ops import _backend
 
-    (tmp_path / "topk.py").write_text(
-        "def topk(queries, bank, k, *, exclude_self=False):\n    return 'from the kernel'\n"
-    )
+    (tmp_path / "topk.py").write_text("def topk(queries, bank, k, **options):\n    return 'from the kernel'\n")
     monkeypatch.setattr(engine.kernels, "__path__", [str(tmp_path)])
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(_backend.ORDER, "cpu", ("triton", "reference"))

@@ -121,7 +121,7 @@ def test_native_gives_the_bits_of_the_reference_where_the_weights_are_the_same(m
     features = 100.0 * (row // group_size).double()
     group = row // group_size * group_size + (row + torch.arange(group_size)) % group_size
     strangers = (row + torch.tensor([100, count - 100, 4100])) % count
-    monkeypatch.setattr(MODULE, "_nearest", lambda features, k: torch.cat([group, strangers], 1)[:, :k])
+    monkeypatch.setattr(MODULE, "_nearest", lambda features, k, precision: torch.cat([group, strangers], 1)[:, :k])
     for k1, k2 in [(9, 8), (5, 3), (1, 1)]:
         assert_same_entries(MODULE.cpu(features, k1, k2), MODULE.reference(features, k1, k2))
 
@@ -152,11 +152,11 @@ def test_native_agrees_on_all_instruction_sets(monkeypatch, instructions, dtype)
 
 def test_native_skips_neighbours_that_are_no_rows(monkeypatch):
     features = people(90, 8, 8)
-    rank = MODULE._nearest(features, 10)
+    rank = MODULE._nearest(features, 10, "ieee")
     rank[:, 7:] = torch.tensor([-1, 90, 2**40])
-    monkeypatch.setattr(MODULE, "_nearest", lambda features, k: rank)
+    monkeypatch.setattr(MODULE, "_nearest", lambda features, k, precision: rank)
     distance = MODULE.cpu(features, 10, 10)
-    monkeypatch.setattr(MODULE, "_nearest", lambda features, k: rank[:, :7])
+    monkeypatch.setattr(MODULE, "_nearest", lambda features, k, precision: rank[:, :7])
     members = MODULE.cpu(features, 10, 7)
     assert torch.equal(distance.col_indices(), members.col_indices())  # the sums are the same, shares of 10 not of 7
     rank[:] = -1
