@@ -56,12 +56,12 @@ ENGINE_INLINE void exponentiate_with(Real* scores, std::int64_t stripe, std::int
     Vector sum = {};
     for (std::int64_t j = 0; j < stripe; ++j) {
       Real* score = scores + j * lanes + lane;
-      const Vector term = exp_of_negative<Real, kBytes>(load<Vector>(score) - most);
+      const Vector term = exponential<Real, kBytes>(load<Vector>(score) - most);
       if (replace) store<Vector>(score, term);
       sum += term;
     }
     store<Vector>(largest + lane, most);
-    store<Vector>(rescale + lane, exp_of_negative<Real, kBytes>(before - most));
+    store<Vector>(rescale + lane, exponential<Real, kBytes>(before - most));
     store<Vector>(sums + lane, sum);
     store<Vector>(poison + lane, nothing);
   }

@@ -16,13 +16,20 @@ namespace {
 constexpr int kWidestVector = 64;
 
 // Rows whose column sums are added up one after the other. Fixed, so that sums do not depend on the thread count.
-constexpr std::int64_t kBlockRows = 64;
+constexpr std::int64_t kBlockRows = 128;
 
 // Columns repaired at a time: neighbours share the cache lines of a row.
 constexpr std::int64_t kBlockColumns = 64;
 
 // Starting a thread costs about as much as visiting this many entries.
 constexpr std::int64_t kEntriesPerThread = 1 << 17;
+
+// A term over the largest of an earlier iteration is at most exp of this, and the sum of a row between these bounds:
+// neither overflows, nor does a term that matters underflow.
+template <typename Real>
+constexpr Real kMostExponent = sizeof(Real) == 4 ? 80 : 700;
+template <typename Real>
+constexpr Real kLeastSum = Real(1e-6);
 
 template <typename Real>
 constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
@@ -54,11 +61,12 @@ struct Problem {
   std::int64_t rows, columns;
   std::int64_t stride;  // columns rounded up to whole vectors
   Real inverse_reg;
-  double log_scale;          // log of the largest row marginal
-  std::vector<Real> weight;  // row marginals over the largest of them
-  std::vector<Real> offset;  // smallest entry of each row; NaN where the row step gives NaN
-  std::vector<Real> log_v;   // [stride], -inf beyond the columns
-  std::vector<Real> largest, sum;
+  double log_scale;              // log of the largest row marginal
+  std::vector<Real> weight;      // row marginals over the largest of them
+  std::vector<Real> offset;      // smallest entry of each row; NaN where the row step gives NaN
+  std::vector<Real> log_v;       // [stride], -inf beyond the columns
+  std::vector<Real> largest;     // a score near the largest of each row, -inf where nothing can be sent
+  std::vector<Real> sum;         // of exp(score - largest); 0 before the first iteration and where nothing can be sent
   std::vector<Real> block_sums;  // [block_count, stride]
 };
 
@@ -108,52 +116,62 @@ ENGINE_INLINE void find_offsets_with(Problem<Real>& problem, std::int64_t begin,
   }
 }
 
+// log_v_j - s_ij of as many columns as a vector holds, -inf beyond the last column.
+template <typename Real, int kBytes>
+ENGINE_INLINE typename VectorOf<Real, kBytes>::Type scores_with(const Problem<Real>& problem, const Real* cost,
+                                                                Real offset, std::int64_t column) {
+  using Vector = typename VectorOf<Real, kBytes>::Type;
+  const std::int64_t rest = problem.columns - column;
+  const Vector entries = rest >= VectorOf<Real, kBytes>::kLanes ? load<Vector>(cost + column)
+                                                                : load_part<Vector>(cost + column, rest, offset);
+  return load<Vector>(problem.log_v.data() + column) - (entries - offset) * problem.inverse_reg;
+}
+
+// plan_j = exp(log_v_j - s_ij - largest) for a row; returns the sum.
+template <typename Real, int kBytes>
+ENGINE_INLINE Real exponentiate_with(const Problem<Real>& problem, const Real* cost, Real offset, Real largest,
+                                     Real* plan) {
+  using Vector = typename VectorOf<Real, kBytes>::Type;
+  Vector sums = {};
+  for (std::int64_t column = 0; column < problem.columns; column += VectorOf<Real, kBytes>::kLanes) {
+    __builtin_prefetch(cost + problem.columns + column);  // the next row, while this one keeps the arithmetic busy
+    const Vector score = scores_with<Real, kBytes>(problem, cost, offset, column) - largest;
+    const Vector term = exponential<Real, kBytes>(score < kMostExponent<Real> ? score : kMostExponent<Real> - Vector{});
+    store(plan + column, term);
+    sums += term;
+  }
+  return sum_of_lanes<Real, kBytes>(sums);
+}
+
 // The row step of rows [begin, end), and the sums of their columns into `column_sums` [stride]. `plan` [stride] is
 // working space.
+//
+// Potentials move little from one iteration to the next: terms are taken over the largest of an earlier iteration, and
+// the largest is looked for again only where their sum says that it is far off.
 template <typename Real, int kBytes>
 ENGINE_INLINE void visit_with(Problem<Real>& problem, std::int64_t begin, std::int64_t end, Real* plan,
                               Real* column_sums) {
   using Vector = typename VectorOf<Real, kBytes>::Type;
   constexpr int kLanes = VectorOf<Real, kBytes>::kLanes;
-  const Real* log_v = problem.log_v.data();
-  const std::int64_t columns = problem.columns;
-  const Real inverse_reg = problem.inverse_reg;
   std::fill_n(column_sums, problem.stride, Real(0));
   for (std::int64_t row = begin; row < end; ++row) {
-    const Real* cost = problem.cost + row * columns;
+    const Real* cost = problem.cost + row * problem.columns;
     const Real offset = problem.offset[row];
-
-    Vector most = -kInfinity<Real> - Vector{};
-    std::int64_t column = 0;
-    for (; column + kLanes <= columns; column += kLanes) {
-      const Vector score = load<Vector>(log_v + column) - (load<Vector>(cost + column) - offset) * inverse_reg;
-      store(plan + column, score);
-      most = maximum<Vector>(score, most);
+    Real& largest = problem.largest[row];
+    Real& sum = problem.sum[row];
+    if (sum > 0) sum = exponentiate_with<Real, kBytes>(problem, cost, offset, largest, plan);
+    if (!(sum > kLeastSum<Real> && sum < 1 / kLeastSum<Real>)) {
+      Vector most = -kInfinity<Real> - Vector{};
+      for (std::int64_t column = 0; column < problem.columns; column += kLanes) {
+        most = maximum<Vector>(scores_with<Real, kBytes>(problem, cost, offset, column), most);
+      }
+      largest = largest_lane<Real, kBytes>(most);
+      sum = 0;
+      if (largest == -kInfinity<Real>) continue;  // nothing can be sent
+      sum = exponentiate_with<Real, kBytes>(problem, cost, offset, largest, plan);
     }
-    if (column < columns) {
-      const Vector rest = load_part<Vector>(cost + column, columns - column, offset);
-      const Vector score = load<Vector>(log_v + column) - (rest - offset) * inverse_reg;
-      store(plan + column, score);
-      most = maximum<Vector>(score, most);
-      column += kLanes;
-    }
-    const Real largest = largest_lane<Real, kBytes>(most);
-    problem.largest[row] = largest;
-    problem.sum[row] = 1;
-    if (largest == -kInfinity<Real>) continue;  // nothing can be sent
-
-    const std::int64_t width = column;
-    Vector sums = {};
-    for (column = 0; column < width; column += kLanes) {
-      __builtin_prefetch(cost + columns + column);  // the next row, while this one keeps the arithmetic busy
-      const Vector term = exp_of_negative<Real, kBytes>(load<Vector>(plan + column) - largest);
-      store(plan + column, term);
-      sums += term;
-    }
-    problem.sum[row] = sum_of_lanes<Real, kBytes>(sums);
-
-    const Real factor = problem.weight[row] / problem.sum[row];
-    for (column = 0; column < width; column += kLanes) {
+    const Real factor = problem.weight[row] / sum;
+    for (std::int64_t column = 0; column < problem.stride; column += kLanes) {
       store<Vector>(column_sums + column, load<Vector>(column_sums + column) + load<Vector>(plan + column) * factor);
     }
   }
@@ -258,7 +276,7 @@ void repair(const Problem<Real>& problem, const std::vector<std::int64_t>& few, 
 template <typename Real>
 std::vector<double> log_columns(const Problem<Real>& problem, int threads) {
   using Limits = std::numeric_limits<Real>;
-  const double trusted = double(problem.rows) * Limits::min() / Limits::epsilon();
+  const double trusted = double(problem.rows) * Limits::min() / (Limits::epsilon() * kLeastSum<Real>);
   std::vector<double> sums = column_sums(problem);
   std::vector<std::int64_t> lost;
   for (std::int64_t column = 0; column < problem.columns; ++column) {

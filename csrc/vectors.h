@@ -108,9 +108,9 @@ struct ExpParts<double> {
   static constexpr double kRounder = 0x1.8p52;
 };
 
-// exp of lanes at most 0, to 2 units in the last place; 0 where the result is below the normal numbers.
+// exp of lanes at most 88 (double: 709), to 2 units in the last place; 0 where the result is below the normal numbers.
 template <typename Real, int kBytes>
-ENGINE_INLINE typename VectorOf<Real, kBytes>::Type exp_of_negative(typename VectorOf<Real, kBytes>::Type x) {
+ENGINE_INLINE typename VectorOf<Real, kBytes>::Type exponential(typename VectorOf<Real, kBytes>::Type x) {
   using Parts = ExpParts<Real>;
   using Vector = typename VectorOf<Real, kBytes>::Type;
   using Bits = typename VectorOf<typename Parts::Bits, kBytes>::Type;
