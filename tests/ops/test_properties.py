@@ -7,7 +7,6 @@ and as good within the error of their scores where not.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -20,16 +19,26 @@ from graph_checks import stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_inputs import INPUTS, Call
+from operator_results import (
+    copied,
+    doubled,
+    doubled_options,
+    is_csr,
+    on_cpu,
+    outcome,
+    placed,
+    same_bits,
+    tensors,
+)
 from test_one_op_one_name import OPERATORS
 from torch import Tensor
 from torch.nn import functional
 
 from engine import ops
+from engine.ops._backend import ORDER, exists
 from engine.ops._precision import accumulation_dtype
 
 BACKENDS = ("cpu", "reference")
-GRADIENTS = {"cluster_contrast": 0, "neighbor_contrast": 0, "propagate": 1, "segment_mean": 0, "soft_contrast": 0}
-"""Which argument of a differentiable operator gets a gradient."""
 
 
 def instruction_sets() -> list[str]:
@@ -54,53 +63,6 @@ def running_on(backend: str, threads: int = 1, instructions: str = "") -> Iterat
         os.environ["ENGINE_ISA"] = instructions_before
 
 
-def outcome(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """What the operator returns, with the gradient of a weighted sum of it where there is one."""
-    if name not in GRADIENTS:
-        return function(*arguments, **options)
-    place = GRADIENTS[name]
-    source = arguments[place].detach().requires_grad_()
-    value = function(*arguments[:place], source, *arguments[place + 1 :], **options)
-    weights = 1 + torch.arange(value.numel(), dtype=value.dtype).reshape(value.shape) % 3
-    (gradient,) = torch.autograd.grad((value * weights).sum(), source)
-    return value.detach(), gradient
-
-
-def tensors(result: Any) -> list[Tensor]:
-    """All that a result holds."""
-    if isinstance(result, ops.Sinkhorn):
-        fields = result.log_u, result.log_v, result.iterations, result.error
-        return [*fields, result.plan(), result.labels(), result.confidence()]
-    if isinstance(result, ops.Ranking):
-        return [result.cmc, torch.tensor([result.mAP, result.mINP, result.valid_queries], dtype=torch.float64)]
-    if isinstance(result, tuple):
-        return [part for element in result for part in tensors(element)]
-    if is_csr(result):
-        return [result.crow_indices(), result.col_indices(), result.values()]
-    return [result]
-
-
-def bits(value: Tensor) -> Tensor:
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-    return value.contiguous().view(integers[value.element_size()])
-
-
-def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With layouts as they are; what is one argument twice stays one."""
-    copies = {id(value): value.clone() if is_csr(value) else copy.deepcopy(value) for value in arguments}
-    return tuple(copies[id(value)] for value in arguments)
-
-
-def is_csr(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.sparse_csr
-
-
-def doubled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "backend"),
     [(name, backend) for name in OPERATORS for backend in BACKENDS if ops.backends(name)[backend] is None],
@@ -110,34 +72,58 @@ def doubled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def test_is_the_reference_whatever_the_arguments(name, backend, data):
     call = data.draw(INPUTS[name], label="call")
     instructions = data.draw(st.sampled_from(instruction_sets()), label="instructions")
-    function = getattr(ops, name)
-    # What a loss runs on the back end "reference" is not yet the definition, see engine/ops/_contrast.py.
-    reference = importlib.import_module(f"engine.ops.{name}").reference if name.endswith("contrast") else function
-
-    before = copied(call.arguments)
-    in_place = name.endswith("_")
-    arguments = copied(call.arguments) if in_place else call.arguments
     with running_on(backend, 1, instructions):
-        result = outcome(name, function, arguments, call.options)
+        result = result_of(name, backend, call, call.arguments)
+    if backend != "reference":  # those of the reference are torch's own, of which each start costs more than all else
+        with running_on(backend, 2, instructions):
+            again = outcome(name, getattr(ops, name), copied(call.arguments), call.options)
+        assert same_bits(result, again), "the number of threads shows"
+    judge(name, call, result)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, backend) for name in OPERATORS for backend in ORDER["cuda"] if exists(name, backend)],
+)
+@settings(deadline=None, max_examples=30)  # as every type, and every size of 1, is a kernel of its own to compile
+@given(data=st.data())
+def test_is_the_reference_on_a_gpu_too(name, backend, data):
+    call = data.draw(INPUTS[name], label="call")
+    arguments = placed(call.arguments, "cuda")
+    call.options = dict(zip(call.options, placed(tuple(call.options.values()), "cuda"), strict=True))
+    with running_on(backend):
+        result = result_of(name, backend, call, arguments)
+        again = outcome(name, getattr(ops, name), copied(placed(call.arguments, "cuda")), call.options)
+    assert same_bits(result, again)
+    call.options = dict(zip(call.options, placed(tuple(call.options.values()), "cpu"), strict=True))
+    judge(name, call, on_cpu(result))
+
+
+def result_of(name: str, backend: str, call: Call, given: tuple[Any, ...]) -> Any:
+    """What the operator makes of arguments that it leaves as they are, but for what its name says it changes."""
+    before = copied(given)
+    in_place = name.endswith("_")
+    arguments = copied(given) if in_place else given
+    result = outcome(name, getattr(ops, name), arguments, call.options)
     assert not any(value.isnan().any() for value in tensors(result))
     assert not in_place or result is arguments[0]
     for value, old in list(zip(arguments, before, strict=True))[in_place:]:
         if isinstance(value, Tensor):
             assert all(map(torch.equal, tensors(value), tensors(old))), "an input was changed"
-    if backend != "reference":  # those of the reference are torch's own, of which each start costs more than all else
-        with running_on(backend, 2, instructions):
-            again = outcome(name, function, copied(call.arguments), call.options)
-        for one, two in zip(tensors(result), tensors(again), strict=True):
-            assert torch.equal(bits(one), bits(two)), "the number of threads shows"
+    return result
 
+
+def judge(name: str, call: Call, result: Any) -> None:
+    """Compare with the reference in the types given and in float64."""
+    # What a loss runs on the back end "reference" is not yet the definition, see engine/ops/_contrast.py.
+    module = importlib.import_module(f"engine.ops.{name}")
+    reference = module.reference if name.endswith("contrast") else getattr(ops, name)
     with running_on("reference"):
         plain = outcome(name, reference, copied(call.tame), call.options)
         truth = outcome(name, reference, doubled(copied(call.tame)), doubled_options(call.options))
         JUDGES[name](call, result, plain, truth)
-
-
-def doubled_options(options: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(options, doubled(tuple(options.values())), strict=True))
 
 
 def test_every_operator_has_inputs_and_a_judge():
