@@ -1,0 +1,415 @@
+"""Proves the GPU back ends on the GPU of this machine, and writes down what was seen.
+
+    python tools/gpu_check.py [--tests-only | --bench-only] [--sanitize] [--minutes N] [--out FOLDER] [--commit NAME]
+    python tools/gpu_check.py --readme
+
+It builds engine._C in place, runs the tests marked `gpu`, with `--sanitize` every operator under compute-sanitizer, and
+`bench_kernels.py --device cuda`; what takes longer than `--minutes` is cut short and says so. One JSON in docs/gpu/
+holds the machine, versions, commit, a hash of kernels/ and csrc/, the outcome of every test and every timing; a page
+beside it shows them. `--readme` writes what the README says of GPUs, from the newest of these files and nothing else.
+
+Exit status: 0 when all went well, 1 when something failed or was left out, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]  # nothing has to be installed
+
+import torch
+from gpu_report import REPORT
+
+from engine import info
+
+FOLDER = ROOT / "docs" / "gpu"
+BEGIN, END = "<!-- written by tools/gpu_check.py --readme -->\n", "<!-- end -->\n"
+UNMEASURED = "GPU timings are still to be measured."
+PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "pytest", "hypothesis", "pybind11", "faiss-gpu", "cuml-cu12", "cuml-cu13")
+
+
+@dataclass
+class Step:
+    """Something that was run.
+
+    Attributes:
+        outcome: "passed", or what kept it from passing.
+        output: the last of what it printed, unless it passed.
+    """
+
+    name: str
+    outcome: str
+    seconds: float = 0.0
+    output: str = ""
+
+
+@dataclass
+class Record:
+    """What one run of this script saw: the content of a file in docs/gpu.
+
+    Attributes:
+        sources: `source_hash()` of what was run.
+        tests: name, outcome, seconds, and why it did not pass.
+        benchmark: what `bench_kernels.py --json` writes, or None.
+    """
+
+    date: str
+    commit: str
+    sources: str
+    machine: dict[str, str]
+    versions: dict[str, str]
+    steps: list[Step] = field(default_factory=list)
+    tests: list[dict[str, Any]] = field(default_factory=list)
+    benchmark: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        content = json.loads(path.read_text())
+        return cls(**content | {"steps": [Step(**step) for step in content["steps"]]})
+
+    def write(self, folder: Path) -> Path:
+        """The JSON, and the page beside it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        words = re.findall(r"[a-z0-9]+", f"{self.machine['gpu']} {self.commit}".lower())
+        path = folder / f"{re.sub('[^0-9]', '', self.date)}-{'-'.join(words)}.json"
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        path.with_suffix(".md").write_text(page(self))
+        return path
+
+    @property
+    def passed(self) -> bool:
+        return all(step.outcome == "passed" for step in self.steps)
+
+
+def source_hash() -> str:
+    """Of names and contents of all that a kernel is made from."""
+    digest = hashlib.sha256()
+    files = (path for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*") if path.is_file())
+    for path in sorted(path for path in files if path.suffix != ".pyc"):
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+# The run
+
+
+@dataclass
+class Clock:
+    """What is left of the minutes."""
+
+    end: float
+
+    def left(self) -> float:
+        return max(0.0, self.end - time.monotonic())
+
+
+def run(name: str, command: Iterable[object], limit: float, **environment: str) -> Step:
+    """A step in a process of its own, in the root of the checkout, for `limit` seconds at most."""
+    start = time.monotonic()
+    print(f"{name} ...", flush=True)
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        try:
+            done = subprocess.run(
+                [str(word) for word in command],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tools")))} | environment,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                check=False,
+            )
+            outcome = "passed" if done.returncode == 0 else f"failed with exit status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            outcome = f"cut short after {limit:.0f} s"
+        except OSError as error:
+            outcome = f"not run: {error}"
+        printed.seek(0)
+        output = "" if outcome == "passed" else printed.read()[-6000:]
+    step = Step(name, outcome, round(time.monotonic() - start, 1), output)
+    print(f"  {step.outcome}, {step.seconds} s", *output.splitlines()[-15:], sep="\n  ", flush=True)
+    return step
+
+
+def build(clock: Clock) -> Step:
+    """engine._C, in place."""
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    if find_spec("pybind11"):
+        step = run("build", command, clock.left())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            stand_in_for_pybind11(Path(folder))
+            step = run("build", command, clock.left(), PYTHONPATH=folder)
+    if step.outcome == "passed" and not list((ROOT / "engine").glob("_C.*.so")):  # the extension is optional
+        step.outcome = "failed: there is no engine/_C"
+    return step
+
+
+def stand_in_for_pybind11(folder: Path) -> None:
+    """A package that setup.py and CMakeLists.txt take for pybind11, with the headers that torch brings."""
+    headers = Path(torch.__file__).parent / "include"
+    (folder / "pybind11.py").write_text("def get_cmake_dir():\n    return __file__.rpartition('/')[0]\n")
+    (folder / "pybind11Config.cmake").write_text(
+        f"""\
+find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
+function(pybind11_add_module name)
+  Python_add_library(${{name}} MODULE WITH_SOABI ${{ARGN}})
+  target_include_directories(${{name}} SYSTEM PRIVATE "{headers}")
+  set_target_properties(${{name}} PROPERTIES CXX_VISIBILITY_PRESET hidden)
+endfunction()
+"""
+    )
+
+
+def test(limit: float) -> tuple[Step, list[dict[str, Any]]]:
+    """The tests marked `gpu`, each with its outcome."""
+    if find_spec("pytest") is None:
+        return Step("tests", "not run: pytest is not installed"), []
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "gpu_report", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "tests"]
+    if find_spec("xdist"):  # as compiling kernels takes most of the time
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report")
+        report.touch()
+        step = run("tests", command, limit, **{REPORT: str(report)})
+        outcomes = [json.loads(line) for line in report.read_text().splitlines()]
+    if step.outcome == "passed" and not any(row["outcome"] == "passed" for row in outcomes):
+        step.outcome = "failed: no test ran"
+    return step, outcomes
+
+
+def sanitize(clock: Clock) -> list[Step]:
+    """Every operator at a small size under compute-sanitizer; races of shared memory are for our own CUDA kernels."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        return [Step("compute-sanitizer", "not run: it is not installed")]
+    steps = []
+    for tool, backends in (("memcheck", ("cuda", "triton")), ("racecheck", ("cuda",))):
+        call = (sys.executable, Path(__file__), "--exercise", *backends)
+        command = (sanitizer, "--tool", tool, "--error-exitcode", 1, *call)
+        # Without a cache every tensor is an allocation of its own, beyond whose end nothing is.
+        steps.append(run(tool, command, clock.left() / 2, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+    return steps
+
+
+def exercise(backends: list[str]) -> None:
+    """One call of every operator on each of these back ends that has it."""
+    from bench_cases import CASES, SIZES, Maker
+
+    from engine import ops
+    from engine.ops._backend import exists
+
+    for op, cases in CASES.items():
+        found = [name for name in backends if exists(op, name)]
+        for case in cases(SIZES["quick"], Maker(torch.float32, "cuda")) if found else ():
+            for name in found:
+                if all(exists(other, name) for other in case.also):
+                    with ops.use_backend(name):
+                        case.call(*case.inputs())
+    torch.cuda.synchronize()
+
+
+def bench(limit: float) -> tuple[Step, dict[str, Any] | None]:
+    """The benchmark on the GPU, and what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.json")
+        command = (sys.executable, "tools/bench_kernels.py", "--device", "cuda", "--budget", 3, "--json", rows)
+        step = run("benchmark", command, limit)
+        return step, json.loads(rows.read_text()) if rows.is_file() else None
+
+
+def check(arguments: argparse.Namespace) -> Record:
+    clock = Clock(time.monotonic() + 60 * arguments.minutes)
+    record = Record(
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),
+        commit=arguments.commit or info.commit() or "unknown",
+        sources=source_hash(),
+        machine=machine(),
+        versions={**info.versions(), **{name: version for name in PACKAGES if (version := version_of(name))}},
+    )
+    record.steps.append(build(clock))
+    if not arguments.bench_only:
+        step, record.tests = test(clock.left() * (1 if arguments.tests_only and not arguments.sanitize else 0.5))
+        record.steps.append(step)
+    if arguments.sanitize:
+        record.steps += sanitize(clock)
+    if not arguments.tests_only:
+        step, record.benchmark = bench(clock.left())
+        record.steps.append(step)
+    return record
+
+
+def machine() -> dict[str, str]:
+    """The GPU and what drives it."""
+    properties = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    nvcc = re.search(r"release ([\d.]+)", printed_by(["nvcc", "--version"]))
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": str(properties.multi_processor_count),
+        "memory": f"{properties.total_memory / 1e9:.1f} GB",
+        "driver": printed_by(query).strip() or "unknown",
+        "cuda of torch": torch.version.cuda or "none",
+        "nvcc": nvcc[1] if nvcc else "not installed",
+        "cpu": f"{info.cpu_name()}, {os.cpu_count()} cores",
+        "system": platform.platform(),
+    }
+
+
+def printed_by(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# What is shown
+
+
+def table(titles: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    titles = list(titles)
+    return "\n".join(f"| {' | '.join(texts)} |" for texts in (titles, ["---"] * len(titles), *body))
+
+
+def counted(tests: list[dict[str, Any]]) -> str:
+    """How many had which outcome."""
+    counts = Counter(row["outcome"] for row in tests)
+    return ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none"
+
+
+def timings(benchmark: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line for every case: the engine's own choice, and the fastest of the others that ran."""
+    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in benchmark["rows"]:
+        if row["median"] is not None:
+            cases.setdefault((f"{row['op']} {row['form']}".strip(), row["size"], row["dtype"]), []).append(row)
+    lines = []
+    for case, rows in cases.items():
+        ours = next((row for row in rows if row["ours"]), None)
+        if ours is None:
+            continue
+        others = [row for row in rows if row is not ours and row["contender"] != "reference"]
+        best = min(others, key=lambda row: row["median"], default=None)
+        against = f"{best['contender']}: {best['median'] / ours['median']:.2f}x" if best else ""
+        lines.append((*case, ours["contender"], f"{ours['median']:.3g}", f"{ours['ceiling']:.0%}", against))
+    return lines
+
+
+TITLES = ("operator", "size", "dtype", "back end", "median ms", "of ceiling", "times faster than the fastest other")
+
+
+def page(record: Record) -> str:
+    """The content of a record for a reader."""
+    facts = {"date": record.date, "commit": record.commit, "sources": record.sources}
+    facts |= record.machine | record.versions
+    steps = [(step.name, step.outcome, f"{step.seconds:.0f}") for step in record.steps]
+    parts = [
+        f"# {record.machine['gpu']}, commit {record.commit}",
+        "Written by `tools/gpu_check.py`; nothing here is typed in.",
+        table(("", ""), [(name, f"`{value}`") for name, value in facts.items()]),
+        "## Steps",
+        table(("step", "outcome", "seconds"), steps),
+        f"Tests: {counted(record.tests)}.",
+    ]
+    for row in record.tests:
+        if row["outcome"] not in ("passed", "skipped"):
+            parts += [f"`{row['name']}` {row['outcome']}:", f"```\n{row['why'].strip()}\n```"]
+    if record.benchmark:
+        parts += ["## Timings", table(TITLES, timings(record.benchmark))]
+    return "\n\n".join(parts) + "\n"
+
+
+def records(folder: Path = FOLDER) -> list[Record]:
+    """All that were written, the newest first."""
+    return sorted(map(Record.read, folder.glob("*.json")), key=lambda record: record.date, reverse=True)
+
+
+def section(found: list[Record], sources: str) -> str:
+    """What the README says of GPUs: the newest tests and the newest timings, and whether they are of these `sources`."""
+    tested = next((record for record in found if record.tests), None)
+    timed = next((record for record in found if record.benchmark), None)
+    if timed is None:
+        parts = [UNMEASURED]
+    else:
+        parts = [f"Measured on one {source(timed, sources)}:", table(TITLES, timings(timed.benchmark or {}))]
+    if tested is not None:
+        parts.append(f"Tests on one {source(tested, sources)}: {counted(tested.tests)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def source(record: Record, sources: str) -> str:
+    stale = "" if record.sources == sources else " (**stale**: the kernels have changed since)"
+    return f"{record.machine['gpu']} at commit `{record.commit}`{stale}"
+
+
+def readme(text: str, content: str) -> str:
+    """The README with `content` between the marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md must hold {BEGIN.strip()!r} and then {END.strip()!r}")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def parse(given: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--tests-only", action="store_true", help="no benchmark")
+    parts.add_argument("--bench-only", action="store_true", help="no tests")
+    parts.add_argument("--readme", action="store_true", help="write the README's part from docs/gpu; needs no GPU")
+    parts.add_argument("--exercise", nargs="+", metavar="BACKEND", help="only call every operator, for a sanitizer")
+    parser.add_argument("--sanitize", action="store_true", help="run every operator under compute-sanitizer")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all of it; 9.5 by default")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where the files go; docs/gpu by default")
+    parser.add_argument("--commit", help="its name, where this is no checkout")
+    return parser.parse_args(given)
+
+
+def main(given: list[str]) -> int:
+    arguments = parse(given)
+    if arguments.readme:
+        path = ROOT / "README.md"
+        path.write_text(readme(path.read_text(), section(records(), source_hash())))
+        return 0
+    if not torch.cuda.is_available():
+        print("torch sees no CUDA device here, so there is nothing to check; run this on a machine with a GPU")
+        return 2
+    if arguments.exercise:
+        exercise(arguments.exercise)
+        return 0
+    record = check(arguments)
+    path = record.write(arguments.out)
+    print(path.with_suffix(".md").read_text(), f"written to {path}", sep="\n")
+    return 0 if record.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
