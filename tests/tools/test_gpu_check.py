@@ -137,7 +137,11 @@ def test_the_plugin_writes_down_every_outcome(tmp_path):
     (tmp_path / "test_broken.py").write_text("import no_such_package\n")
     report = tmp_path / "report"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_report", "--continue-on-collection-errors", "."]
-    environment = {"PYTHONPATH": str(ROOT / "tools"), gpu_report.REPORT: str(report), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {
+        "PYTHONPATH": str(ROOT / "tools"),
+        gpu_report.REPORT: str(report),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
     rows = {row["name"]: row for row in map(json.loads, report.read_text().splitlines())}
     assert {name: row["outcome"] for name, row in rows.items()} == {
