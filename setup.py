@@ -1,7 +1,8 @@
-"""Builds engine._C with CMake; everything else about the package is in pyproject.toml."""
+"""Builds engine._C and the CUDA kernels with CMake; everything else about the package is in pyproject.toml."""
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +25,25 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
+        build = ["cmake", "--build", self.build_temp]
         try:
             subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", self.build_temp], check=True)
+            subprocess.run(build, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(f"{error}\nengine._C needs a C++17 compiler and the Python headers.") from error
+        if subprocess.run([*build, "--target", "cuda_kernels", "--", "-k", "0"], check=False).returncode != 0:
+            self.warn("nvcc could not compile every csrc/*.cu; CuPy compiles what is missing at first use")
+        self._copy_fatbins(Path(self.build_temp), output)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        self._copy_fatbins(Path(self.build_lib, "engine"), Path("engine"))
+
+    def _copy_fatbins(self, source: Path, target: Path) -> None:
+        shutil.rmtree(target / "fatbins", ignore_errors=True)
+        for fatbin in sorted(source.glob("fatbins/*.fatbin")):
+            self.mkpath(str(target / "fatbins"))
+            shutil.copy(fatbin, target / "fatbins")
 
 
 setup(ext_modules=[Extension("engine._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})

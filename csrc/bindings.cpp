@@ -1,9 +1,15 @@
 // engine._C: raw addresses and sizes in; results go where addresses say. All checks are made in Python, by engine/ops.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
 
 #include "cmfp.h"
+#include "cuda_driver.h"
 #include "dbscan.h"
 #include "isa.h"
 #include "jaccard.h"
@@ -36,6 +42,30 @@ void cmfp(Address vis, int vis_storage, Address ir, int ir_storage, std::int64_t
           std::int64_t width, std::int64_t k, bool normalize, Address new_vis, Address new_ir, int threads) {
   engine::cmfp(rows<Real>(vis, vis_storage, width), rows<Real>(ir, ir_storage, width), vis_count, ir_count, k,
                normalize, reinterpret_cast<Real*>(new_vis), reinterpret_cast<Real*>(new_ir), threads);
+}
+
+// Packs Python numbers as a kernel's arguments: int as int64 or an address, float as float, bool as bool.
+void cuda_launch(int device, Address kernel, const std::array<unsigned, 3>& grid, const std::array<unsigned, 3>& block,
+                 unsigned shared_bytes, Address stream, bool cooperative, const py::sequence& arguments) {
+  std::vector<std::uint64_t> values(arguments.size());
+  std::vector<void*> addresses(arguments.size());
+  for (std::size_t place = 0; place < values.size(); ++place) {
+    const py::object argument = arguments[place];
+    addresses[place] = &values[place];
+    if (PyBool_Check(argument.ptr())) {
+      const bool value = argument.cast<bool>();
+      std::memcpy(addresses[place], &value, sizeof(value));
+    } else if (PyFloat_Check(argument.ptr())) {
+      const float value = argument.cast<float>();
+      std::memcpy(addresses[place], &value, sizeof(value));
+    } else {
+      const std::int64_t value = argument.cast<std::int64_t>();
+      std::memcpy(addresses[place], &value, sizeof(value));
+    }
+  }
+  const engine::cuda::Shape shape{{grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes};
+  const py::gil_scoped_release release;
+  engine::cuda::launch(device, kernel, shape, stream, cooperative, addresses.data());
 }
 
 template <typename Real>
@@ -165,6 +195,12 @@ PYBIND11_MODULE(_C, module) {
   const py::call_guard<py::gil_scoped_release> release;
   module.def("cmfp_float32", &cmfp<float>, release);
   module.def("cmfp_float64", &cmfp<double>, release);
+  py::register_exception<engine::cuda::Error>(module, "CudaError", PyExc_RuntimeError);
+  module.def("cuda_find_kernel", &engine::cuda::find_kernel, release);
+  module.def("cuda_launch", &cuda_launch);
+  module.def(
+      "cuda_load_module",
+      [](int device, const std::string& image) { return engine::cuda::load_module(device, image.c_str()); }, release);
   module.def("dbscan_float32", &dbscan<float>, release);
   module.def("dbscan_float64", &dbscan<double>, release);
   module.def("isa", [] { return engine::name(engine::isa()); });

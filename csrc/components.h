@@ -1,8 +1,6 @@
 // Connected components by union and find, each known by its lowest node: the rules of dbscan on any device.
 #pragma once
 
-#include <cstdint>
-
 #include "host_device.h"
 
 namespace engine {

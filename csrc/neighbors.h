@@ -1,8 +1,6 @@
 // k-reciprocal encoding, as far as it concerns one list, one set or one pair: the rules of jaccard on any device.
 #pragma once
 
-#include <cstdint>
-
 #include "host_device.h"
 
 namespace engine {

@@ -2,40 +2,15 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <vector>
+
+#include "storage.h"
 
 namespace engine {
 
 // As numbered by engine/ops/_native.py.
 enum class Storage { float32, float64, float16, bfloat16 };
-
-inline float float_of_bits(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// Exact, and free of branches: loops over them become vector instructions.
-struct Float16 {
-  std::uint16_t bits;
-
-  explicit operator float() const {
-    // The exponents of float32 go 112 further; the product moves them, those of subnormal numbers too.
-    const float magnitude = float_of_bits(static_cast<std::uint32_t>(bits & 0x7fffu) << 13) * 0x1p112f;
-    std::uint32_t wide;
-    std::memcpy(&wide, &magnitude, sizeof(wide));
-    const std::uint32_t infinite = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-    return float_of_bits(wide | infinite | static_cast<std::uint32_t>(bits & 0x8000u) << 16);
-  }
-};
-
-struct BFloat16 {
-  std::uint16_t bits;
-
-  explicit operator float() const { return float_of_bits(static_cast<std::uint32_t>(bits) << 16); }
-};
 
 // Columns [column, column + depth) of some rows: entry (i, k) is entries[i * stride + k] * scale(i).
 template <typename Real>

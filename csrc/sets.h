@@ -1,8 +1,6 @@
 // Sets of indices: the rules of the set operators, row by row, on any device.
 #pragma once
 
-#include <cstdint>
-
 #include "host_device.h"
 
 namespace engine {
@@ -10,28 +8,36 @@ namespace engine {
 // Rows that are worth a thread, of `entries` each.
 inline std::int64_t set_rows_per_block(std::int64_t entries) { return 1 + (1 << 12) / (1 + entries); }
 
-// Sorts in place by merge exchange (Batcher; Knuth, The Art of Computer Programming 3, algorithm 5.2.2M). Which entries
-// are compared does not hang on what they are: for rows of some dozens nothing is faster, as no branch is guessed
-// wrong.
-ENGINE_HOST_DEVICE inline void sort_ascending(std::int64_t* entries, std::int64_t count) {
+// The steps of a sort by merge exchange (Batcher; Knuth, The Art of Computer Programming 3, algorithm 5.2.2M): in each,
+// `step(part, first, distance)` puts in order the entries `place` and `place + distance` of all places with
+// (place & part) == first, in any order or at once. Which entries are compared does not hang on what they are.
+template <typename Step>
+ENGINE_HOST_DEVICE inline void merge_exchange(std::int64_t count, const Step& step) {
   std::int64_t top = 1;
   while (2 * top < count) top *= 2;
   for (std::int64_t part = top; part > 0; part /= 2) {
     std::int64_t first = 0, distance = part;
-    for (std::int64_t step = top;; step /= 2) {
-      for (std::int64_t begin = first; begin + distance < count; begin += 2 * part) {
-        const std::int64_t end = begin + part + distance < count ? begin + part : count - distance;
-        for (std::int64_t place = begin; place < end; ++place) {
-          const std::int64_t one = entries[place], other = entries[place + distance];
-          entries[place] = one < other ? one : other;
-          entries[place + distance] = one < other ? other : one;
-        }
-      }
-      if (step == part) break;
-      distance = step - part;
+    for (std::int64_t width = top;; width /= 2) {
+      step(part, first, distance);
+      if (width == part) break;
+      distance = width - part;
       first = part;
     }
   }
+}
+
+// Sorts in place. For rows of some dozens nothing is faster, as no branch is guessed wrong.
+ENGINE_HOST_DEVICE inline void sort_ascending(std::int64_t* entries, std::int64_t count) {
+  merge_exchange(count, [=](std::int64_t part, std::int64_t first, std::int64_t distance) {
+    for (std::int64_t begin = first; begin + distance < count; begin += 2 * part) {
+      const std::int64_t end = begin + part + distance < count ? begin + part : count - distance;
+      for (std::int64_t place = begin; place < end; ++place) {
+        const std::int64_t one = entries[place], other = entries[place + distance];
+        entries[place] = one < other ? one : other;
+        entries[place + distance] = one < other ? other : one;
+      }
+    }
+  });
 }
 
 // The set of a padded row: entries of at least 0, ascending, each once. Returns its size; `set` has room for `count`

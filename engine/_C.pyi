@@ -1,5 +1,7 @@
 """The native module, built from csrc/: addresses and sizes, nothing is checked here."""
 
+from collections.abc import Sequence
+
 def cmfp_float32(
     vis: int,
     vis_storage: int,
@@ -28,6 +30,21 @@ def cmfp_float64(
     new_ir: int,
     threads: int,
 ) -> None: ...
+
+class CudaError(RuntimeError): ...
+
+def cuda_find_kernel(device: int, module: int, name: str) -> int: ...
+def cuda_launch(
+    device: int,
+    kernel: int,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    shared_bytes: int,
+    stream: int,
+    cooperative: bool,
+    arguments: Sequence[float],
+) -> None: ...
+def cuda_load_module(device: int, image: bytes) -> int: ...
 def dbscan_float32(
     starts: int, columns: int, values: int, labels: int, count: int, eps: float, min_samples: int, threads: int
 ) -> None: ...

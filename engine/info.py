@@ -11,6 +11,7 @@ import torch
 
 import engine
 from engine import ops
+from engine.ops import _cuda
 from engine.ops._backend import BACKENDS, backends, exists
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "pillow", "pyyaml")
@@ -59,7 +60,7 @@ def devices() -> list[str]:
 
 
 def table() -> list[str]:
-    """Operators x back ends as lines: `yes`, `-` where there is no such form, a number where a note says why not."""
+    """Operators x back ends as lines: `yes`, `-` where there is no such form, a number where a note says more."""
     notes: list[str] = []
     lines = [f"{'operator':<18}" + "".join(f"{name:<11}" for name in BACKENDS)]
     for op in operator_names():
@@ -69,13 +70,14 @@ def table() -> list[str]:
 
 
 def _cell(op: str, name: str, reason: str | None, notes: list[str]) -> str:
-    if reason is None:
-        return "yes"
     if not exists(op, name):
         return "-"
-    if reason not in notes:
-        notes.append(reason)
-    return f"no ({notes.index(reason) + 1})"
+    answer, note = ("no", reason) if reason is not None else ("yes", _cuda.loader(op) if name == "cuda" else None)
+    if note is None:
+        return answer
+    if note not in notes:
+        notes.append(note)
+    return f"{answer} ({notes.index(note) + 1})"
 
 
 def main() -> None:

@@ -18,12 +18,13 @@ def listed_packages() -> set[str]:
 
 def test_every_package_of_the_checkout_is_installed():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "engine").rglob("__init__.py")}
-    assert listed_packages() == found | {"engine.kernels"}
+    assert listed_packages() == found | {"engine.csrc", "engine.kernels"}
 
 
 def test_every_native_source_is_compiled():
-    listed = set(re.findall(r"csrc/\w+\.cpp", (ROOT / "CMakeLists.txt").read_text()))
-    assert listed == {f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cpp")}
+    listed = set(re.findall(r"csrc/\w+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
+    found = [path for pattern in ("*.cpp", "*.cu") for path in (ROOT / "csrc").glob(pattern)]
+    assert listed == {f"csrc/{path.name}" for path in found}
 
 
 def test_kernels_are_found_in_a_checkout_and_are_no_package_of_their_own():

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from engine import info, ops
+from engine.ops import _cuda
 
 
 def test_lists_every_operator_and_nothing_else():
@@ -17,12 +19,20 @@ def test_lists_every_operator_and_nothing_else():
 def test_a_back_end_that_cannot_run_has_its_reason_below_the_table(monkeypatch):
     reason = "engine._C is not built (gone)"
     real = info.backends
-    monkeypatch.setattr(info, "backends", lambda op: real(op) | ({"cpu": reason} if op == "memory_update_" else {}))
+    monkeypatch.setattr(info, "backends", lambda op: real(op) | ({"cpu": reason} if op == "rank" else {}))
     lines = info.table()
-    (row,) = [line.split() for line in lines if line.startswith("memory_update_")]
-    mark = row.pop(4)
-    assert row == ["memory_update_", "-", "-", "no", "yes"]
-    assert f"{mark} {reason}" in lines
+    (row,) = [re.split(r"\s{2,}", line) for line in lines if line.startswith("rank")]
+    number = row[3].removeprefix("no ")
+    assert f"{number} {reason}" in lines
+
+
+def test_how_cuda_kernels_come_to_the_gpu_stands_below_the_table(monkeypatch):
+    real = info.backends
+    monkeypatch.setattr(info, "backends", lambda op: real(op) | ({"cuda": None} if op == "set_union" else {}))
+    monkeypatch.setattr(_cuda, "loader", lambda op: "compiled somehow")
+    lines = info.table()
+    (row,) = [re.split(r"\s{2,}", line) for line in lines if line.startswith("set_union")]
+    assert f"{row[1].removeprefix('yes ')} compiled somehow" in lines
 
 
 def test_a_package_that_is_missing_is_no_error(monkeypatch):

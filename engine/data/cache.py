@@ -21,6 +21,7 @@ from tqdm import tqdm
 from engine.data import layout
 from engine.data.dataset import Images
 from engine.errors import UserError
+from engine.folders import cache_folder
 
 FORMAT = 1  # part of every key: raise it when the same files would be decoded to other pixels
 BLOCK = 256  # images decoded before they are written, which bounds the memory
@@ -50,7 +51,7 @@ def decode(
     """
     if not images.paths:
         raise UserError(f"no {label} images to decode")
-    cache = Path(folder).expanduser() if folder else _default_folder()
+    cache = Path(folder).expanduser() if folder else cache_folder()
     shape = (len(images), *size, 3)
     file = cache / f"{label.replace(' ', '-')}-{_key(images.paths, size)}.npy"
     if not file.exists():
@@ -62,11 +63,6 @@ def decode(
                 for block in _decode_blocks(images.paths, size, workers or _core_count(), label):
                     output.write(block.data)
     return np.load(file, mmap_mode="r")
-
-
-def _default_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "vireid-engine"
 
 
 def _core_count() -> int:

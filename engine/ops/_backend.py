@@ -1,8 +1,8 @@
 """Which code runs an operator.
 
 An operator `x` lives in `engine/ops/x.py`. Its module holds `reference(...)`, the definition in plain torch, and
-`cpu(...)` where csrc/x.cpp exists; `engine.kernels.x.x(...)` is its Triton form where kernels/x.py exists. All take
-the arguments of the public function, already checked.
+`cpu(...)` where csrc/x.cpp and `cuda(...)` where csrc/x.cu exists; `engine.kernels.x.x(...)` is its Triton form where
+kernels/x.py exists. All take the arguments of the public function, already checked.
 
 A loss against a memory bank is run by functions of another form, which return gradients with the losses (see
 `_contrast.py`); its module holds the plain torch one as `rows(...)`.
@@ -21,9 +21,15 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from engine.ops import _cuda
+from engine.ops._precision import accumulation_dtype
 
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+FLOAT64 = ("cpu", "reference")
+"""Those that compute in float64, too."""
 _forced: ContextVar[str | None] = ContextVar("engine_backend", default=None)
 
 
@@ -43,26 +49,29 @@ def backends(op: str) -> dict[str, str | None]:
     return {name: _find(op, name)[1] for name in BACKENDS}
 
 
-def pick(op: str, device: torch.device) -> Callable[..., Any]:
-    """The function that runs `op` on tensors of `device`.
+def pick(op: str, *tensors: Tensor) -> Callable[..., Any]:
+    """The function that runs `op` on its tensors, which are on one device.
 
     Raises:
         RuntimeError: a back end was asked for by `use_backend` or `ENGINE_BACKEND` and cannot run.
     """
+    device = tensors[0].device.type
+    names = ORDER.get(device, ("reference",))
+    double = accumulation_dtype(*tensors) == torch.float64
     forced = _forced.get() or os.environ.get("ENGINE_BACKEND") or None
     if forced is not None:
         _check_name(forced)
         function, reason = _find(op, forced)
         if function is None:
             raise RuntimeError(f"back end {forced!r} of engine.ops.{op} was asked for but cannot run: {reason}")
-        if (
-            forced != "reference"
-            and forced not in ORDER.get(device.type, ())
-            and not (forced == "triton" and interpreted())
-        ):
-            raise RuntimeError(f"back end {forced!r} of engine.ops.{op} does not run on {device.type} tensors")
+        if forced != "reference" and forced not in names and not (forced == "triton" and interpreted()):
+            raise RuntimeError(f"back end {forced!r} of engine.ops.{op} does not run on {device} tensors")
+        if double and forced not in FLOAT64:
+            raise RuntimeError(f"back end {forced!r} of engine.ops.{op} does not compute in float64")
         return function
-    for name in ORDER.get(device.type, ("reference",)):
+    for name in names:
+        if double and name not in FLOAT64:
+            continue
         function, reason = _find(op, name)
         if function is not None:
             return function
@@ -107,7 +116,12 @@ def _find(op: str, name: str) -> tuple[Callable[..., Any] | None, str | None]:
     if name == "reference":
         return getattr(module, "rows", module.reference), None
     try:
-        importlib.import_module("engine._C")
+        if name == "cuda":
+            _cuda.loader(op)
+        else:
+            importlib.import_module("engine._C")
+    except _cuda.Unavailable as reason:
+        return None, str(reason)
     except ImportError as error:
         return None, f"engine._C is not built ({error}); install a C++17 compiler, then run: pip install -e ."
     return getattr(module, name), None

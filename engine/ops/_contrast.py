@@ -120,7 +120,7 @@ def row_operator(name: str) -> RowOperator:
     def run(
         features: Tensor, bank: Tensor, target: Tensor, temperature: float, with_gradient: bool, precision: str
     ) -> tuple[Tensor, Tensor]:
-        return pick(name, features.device)(features, bank, target, temperature, with_gradient, precision)
+        return pick(name, features, bank)(features, bank, target, temperature, with_gradient, precision)
 
     operator = torch.library.custom_op(f"engine::{name}", run, mutates_args=())
     operator.register_fake(_outputs)

@@ -10,6 +10,8 @@ from engine.ops import _check
 SIGN = torch.iinfo(torch.int64).min
 """The sign bit, flipped while rows are sorted: indices stay in order, and -1 comes last."""
 PADDING = -1 ^ SIGN
+SHARED_BYTES = 48 << 10
+"""Of a block on any GPU."""
 
 
 def check(a: Tensor, b: Tensor) -> None:
@@ -31,3 +33,10 @@ def ascending(rows: Tensor) -> Tensor:
 def padded(rows: Tensor) -> Tensor:
     """Rows of `ascending` with their signs flipped back."""
     return rows.bitwise_xor(SIGN)
+
+
+def room(rows: int, entries: int, like: Tensor) -> tuple[Tensor | None, int]:
+    """Where csrc/warp_sets.h sorts `entries` of each row: memory of its own, or bytes of shared memory of a block."""
+    if 8 * entries <= SHARED_BYTES:
+        return None, 8 * entries
+    return like.new_empty(rows, entries), 0

@@ -38,7 +38,7 @@ def affinity(queries: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") 
     _check.no_nan("bank", bank)
     _check.count("k", k)
     check_precision(precision)
-    return pick("affinity", queries.device)(queries, bank, k, precision=precision)
+    return pick("affinity", queries, bank)(queries, bank, k, precision=precision)
 
 
 def reference(queries: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") -> Tensor:

@@ -44,7 +44,7 @@ def cmfp(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: 
     _check.no_nan("ir", ir)
     _check.count("k", k)
     check_precision(precision)
-    return pick("cmfp", vis.device)(vis, ir, k, normalize=normalize, precision=precision)
+    return pick("cmfp", vis, ir)(vis, ir, k, normalize=normalize, precision=precision)
 
 
 def reference(

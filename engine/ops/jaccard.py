@@ -45,7 +45,7 @@ def jaccard(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ie
     _check.count("k1", k1, 1)
     _check.count("k2", k2, 1)
     check_precision(precision)
-    return pick("jaccard", features.device)(features, k1, k2, precision=precision)
+    return pick("jaccard", features)(features, k1, k2, precision=precision)
 
 
 def reference(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ieee") -> Tensor:

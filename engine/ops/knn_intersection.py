@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from engine.ops import _check
+from engine.ops import _check, _cuda, _sets
 from engine.ops._backend import pick
 from engine.ops._precision import check_precision
 from engine.ops.set_intersection import set_intersection
@@ -38,7 +38,7 @@ def knn_intersection(views: Tensor, bank: Tensor, k: int, *, precision: str = "i
     _check.size("bank", bank, 1, views.shape[2], "the width of views")
     _check.count("k", k)
     check_precision(precision)
-    return pick("knn_intersection", views.device)(views, bank, k, precision=precision)
+    return pick("knn_intersection", views, bank)(views, bank, k, precision=precision)
 
 
 def reference(views: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") -> Tensor:
@@ -57,4 +57,15 @@ def cpu(views: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") -> Tens
     view_count, row_count, _ = views.shape
     common = indices.new_empty(row_count, k)
     _C.knn_intersection(indices.data_ptr(), view_count, row_count, k, common.data_ptr(), torch.get_num_threads())
+    return common
+
+
+def cuda(views: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") -> Tensor:
+    """One `topk` over all views, then csrc/knn_intersection.cu: a warp per sample over all of them at once."""
+    _, indices = topk(views.flatten(0, 1), bank, k, precision=precision)
+    view_count, row_count, _ = views.shape
+    common = indices.new_empty(row_count, k)
+    scratch, shared_bytes = _sets.room(row_count, view_count * k, indices)
+    arguments = (indices, view_count, k, scratch, common)
+    _cuda.launch("knn_intersection", "knn_intersection_kernel", row_count, 32, arguments, shared_bytes=shared_bytes)
     return common

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops import _check
+from engine.ops import _check, _cuda
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
+
+SEARCHED = 4096
+"""Features of a batch up to which a GPU finds those of a label faster than it sorts them."""
 
 
 def memory_update_(
@@ -32,7 +35,7 @@ def memory_update_(
         TypeError, ValueError: an argument is not as described, or the bank requires a gradient.
     """
     _check_arguments(bank, features, labels, momentum)
-    run = pick("memory_update_", bank.device)
+    run = pick("memory_update_", bank, features)
     dtype = accumulation_dtype(bank, features)
     if features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
         features = features.clone()  # rows of the bank itself, as they are before the update
@@ -89,6 +92,19 @@ def cpu(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor
         torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(bank)  # as every in-place operator of torch does
+    return bank
+
+
+def cuda(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True) -> Tensor:
+    """csrc/memory_update_.cu: a block per label carries its row through the batch."""
+    features, order = features.contiguous(), None
+    if len(labels) > SEARCHED:
+        labels, order = labels.sort(stable=True)
+    each, shared = (momentum.contiguous(), 0.0) if isinstance(momentum, Tensor) else (None, float(momentum))
+    batch, width = features.shape
+    arguments = (bank, features, labels.contiguous(), order, each, shared, bank.shape[0], batch, width, normalize)
+    _cuda.launch("memory_update_", "memory_update_kernel", batch, 256, arguments)
+    torch.autograd.graph.increment_version(bank)
     return bank
 
 

@@ -55,7 +55,7 @@ def ot_assign(
     check_precision(precision)
     check_weight("a", a, features.shape[:1], features)
     check_weight("b", b, prototypes.shape[:1], features)
-    function = pick("ot_assign", features.device)
+    function = pick("ot_assign", features, prototypes)
     return function(features, prototypes, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol, precision=precision)
 
 

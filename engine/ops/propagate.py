@@ -32,7 +32,7 @@ def propagate(csr: Tensor, features: Tensor) -> Tensor:
     _check.tensor("features", features, "N D")
     _check.like("features", features, "csr", csr, dtype=False)
     _check.size("features", features, 0, csr.shape[1], "the columns of csr")
-    return pick("propagate", features.device)(csr, features)
+    return pick("propagate", features, csr)(csr, features)
 
 
 def reference(csr: Tensor, features: Tensor) -> Tensor:

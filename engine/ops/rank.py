@@ -77,7 +77,7 @@ def rank(
             _check.like(name, value, "distance", distance, dtype=False)
             _check.size(name, value, 0, distance.shape[dim], ("the rows of distance", "the columns of distance")[dim])
     _check.no_nan("distance", distance)
-    function = pick("rank", distance.device)
+    function = pick("rank", distance)
     return function(distance, query_ids, gallery_ids, query_cams, gallery_cams, protocol=protocol, max_rank=max_rank)
 
 

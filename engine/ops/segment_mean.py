@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ops import _check, _native
+from engine.ops import _check, _cuda, _native
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
 
@@ -61,9 +61,21 @@ def cpu(features: Tensor, labels: Tensor, count: int) -> Tensor:
     return means.to(features.dtype)
 
 
+def cuda(features: Tensor, labels: Tensor, count: int) -> Tensor:
+    """csrc/segment_mean.cu: rows sorted by label, then a thread per column of a mean adds them in their order."""
+    rows = features.contiguous()
+    means = rows.new_empty(count, rows.shape[1], dtype=torch.float32)
+    ordered, order = labels.sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(count + 1, device=labels.device))
+    kernel = f"segment_mean_{_cuda.name_of(rows.dtype)}_kernel"
+    grid = count, -(-rows.shape[1] // 256)
+    _cuda.launch("segment_mean", kernel, grid, 256, (rows, order, starts, rows.shape[1], means))
+    return means.to(features.dtype)
+
+
 @torch.library.custom_op("engine::segment_mean", mutates_args=())
 def _segment_mean(features: Tensor, labels: Tensor, count: int) -> Tensor:
-    return pick("segment_mean", features.device)(features, labels, count)
+    return pick("segment_mean", features)(features, labels, count)
 
 
 @_segment_mean.register_fake

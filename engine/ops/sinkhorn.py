@@ -101,7 +101,7 @@ def sinkhorn(
     check_settings(reg, relax, max_iter, tol)
     if isinstance(cost, Tensor):
         _check_problem("", cost, a, b)
-        return pick("sinkhorn", cost.device)(cost, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol)
+        return pick("sinkhorn", cost)(cost, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol)
     if not isinstance(cost, Sequence):
         raise TypeError(f"cost must be a tensor or a list of tensors, got {type(cost).__name__}")
     weights = [_listed(name, given, len(cost)) for name, given in (("a", a), ("b", b))]
@@ -109,7 +109,7 @@ def sinkhorn(
     for index, problem in enumerate(zip(cost, *weights, strict=True)):
         _check_problem(f"[{index}]", *problem)
         matrix, rows, columns = problem
-        solve_one = pick("sinkhorn", matrix.device)
+        solve_one = pick("sinkhorn", matrix)
         results.append(solve_one(matrix, reg, a=rows, b=columns, relax=relax, max_iter=max_iter, tol=tol))
     fields = ("log_u", "log_v", "iterations", "error", "cost", "log_a")
     return Sinkhorn(reg=reg, **{name: [getattr(result, name) for result in results] for name in fields})

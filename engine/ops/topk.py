@@ -43,7 +43,7 @@ def topk(
     check_precision(precision)
     if exclude_self:
         _check.size("queries", queries, 0, bank.shape[0], "the rows of bank, as exclude_self is set")
-    return pick("topk", queries.device)(queries, bank, k, exclude_self=exclude_self, precision=precision)
+    return pick("topk", queries, bank)(queries, bank, k, exclude_self=exclude_self, precision=precision)
 
 
 def reference(

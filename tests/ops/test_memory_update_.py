@@ -48,7 +48,7 @@ def backend(request):
 
 def test_the_native_back_end_is_built():
     assert backends("memory_update_") == {
-        "cuda": "memory_update_ has no cuda back end",
+        "cuda": "no CUDA device",
         "triton": "memory_update_ has no triton back end",
         "cpu": None,
         "reference": None,

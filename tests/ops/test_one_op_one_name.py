@@ -16,9 +16,12 @@ RESULT_TYPES = {"Ranking", "Sinkhorn"}
 OPERATORS = sorted(set(ops.__all__) - TOOLS - RESULT_TYPES)
 COMMON_SOURCES = {
     "bindings.cpp",
+    "block.h",
     "components.h",
     "contrast.cpp",
     "contrast.h",
+    "cuda_driver.cpp",
+    "cuda_driver.h",
     "host_device.h",
     "isa.cpp",
     "isa.h",
@@ -29,7 +32,9 @@ COMMON_SOURCES = {
     "rows.h",
     "search.h",
     "sets.h",
+    "storage.h",
     "vectors.h",
+    "warp_sets.h",
 }
 
 
@@ -53,7 +58,8 @@ def test_every_native_source_belongs_to_an_operator_with_that_back_end():
     for path in (ROOT / "csrc").iterdir():
         if path.name not in COMMON_SOURCES:
             assert path.stem in OPERATORS, f"{path.name} is named like no operator"
-            assert hasattr(importlib.import_module(f"engine.ops.{path.stem}"), "cpu")
+            backend = "cuda" if path.suffix == ".cu" else "cpu"
+            assert hasattr(importlib.import_module(f"engine.ops.{path.stem}"), backend)
 
 
 def test_every_kernel_belongs_to_an_operator():
