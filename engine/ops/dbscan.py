@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops import _check, _csr
+from engine.ops import _check, _csr, _cuda
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
+
+ROWS_PER_BLOCK = 8
+"""Of a block of warps, on the GPU."""
 
 
 @torch.no_grad()
@@ -74,6 +77,20 @@ def cpu(distance: Tensor, eps: float, min_samples: int = 4) -> Tensor:
         min_samples,
         torch.get_num_threads(),
     )
+    return labels
+
+
+def cuda(distance: Tensor, eps: float, min_samples: int = 4) -> Tensor:
+    """csrc/dbscan.cu: a warp has a row, and all of them unite the cores."""
+    count, device = distance.shape[0], distance.device
+    starts, columns = _csr.bounded_starts(distance).contiguous(), distance.col_indices().contiguous()
+    graph = starts, columns, distance.values().contiguous() <= eps, count
+    labels, parents = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
+    shape = -(-count // ROWS_PER_BLOCK), 32 * ROWS_PER_BLOCK
+    _cuda.launch("dbscan", "dbscan_core_kernel", *shape, (*graph, min_samples, parents))
+    _cuda.launch("dbscan", "dbscan_unite_kernel", *shape, (*graph, parents))
+    clusters = (parents == torch.arange(count, device=device)).cumsum(0)
+    _cuda.launch("dbscan", "dbscan_label_kernel", *shape, (*graph[:3], clusters, count, parents, labels))
     return labels
 
 
