@@ -12,10 +12,25 @@ using Node = std::int32_t;
 constexpr std::int64_t kOne = std::int64_t{1} << 48;
 
 // Where `node` first stands in a list, `length` when it does not.
-ENGINE_HOST_DEVICE inline Node position(const Node* list, Node length, Node node) {
+template <typename Index>
+ENGINE_HOST_DEVICE Node position(const Index* list, Node length, Index node) {
   Node place = 0;
   while (place < length && list[place] != node) ++place;
   return place;
+}
+
+// Whether `node` stands in an ascending list.
+ENGINE_HOST_DEVICE inline bool contains(const Node* list, Node length, Node node) {
+  Node begin = 0;
+  for (Node end = length; begin < end;) {
+    const Node middle = begin + (end - begin) / 2;
+    if (list[middle] < node) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin < length && list[begin] == node;
 }
 
 // Whether a set of `size` rows, `shared` of them in R(i, k1), expands it.

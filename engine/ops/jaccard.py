@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops import _check, _csr
+from engine.ops import _check, _csr, _cuda
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, check_precision
 from engine.ops._reciprocal import ONE, Entries, entries_of, expanded, min_products, query_expansion, reciprocal, stack
 from engine.ops.topk import topk
+
+WINDOW = 4096
+"""Rows whose sums a block keeps in shared memory at a time, on the GPU: 32 for each of its threads at most."""
 
 
 @torch.no_grad()
@@ -87,6 +90,18 @@ def cpu(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ieee")
     return _csr.from_starts(starts, columns, values, count)
 
 
+def cuda(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ieee") -> Tensor:
+    """csrc/jaccard.cu, after the search for neighbours. Waits for the device where it hangs on the data how much is to
+    be stored: twice.
+    """
+    if len(features) == 0:
+        return reference(features, k1, k2)
+    rank = _nearest(features, min(k1, len(features)), precision).contiguous()
+    k2 = min(rank.shape[1], k2)
+    weights = _expanded_on_gpu(features.contiguous(), rank, min(rank.shape[1], _half(k1)), k2)
+    return _distance_on_gpu(*weights, full=k2 * ONE)
+
+
 def _half(k1: int) -> int:
     """Neighbours of the sets that expand others, the row itself included."""
     return round(k1 / 2) + 1
@@ -131,3 +146,75 @@ def _distance(weights: Tensor, full: int, dtype: torch.dtype) -> Tensor:
 
     products = min_products(weights, weights.t().to_sparse_csr())
     return stack((block(first, sums) for first, sums in products), len(weights))
+
+
+def _expanded_on_gpu(features: Tensor, rank: Tensor, half: int, k2: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums of the weights of every row's first `k2` neighbours, in fixed point.
+
+    Returns:
+        Where each row begins, `[N + 1]` int64, and its number of entries, `[N]`; the columns, ascending, and values.
+        There is room between the rows: how many entries are in two of the rows they add up is not known before.
+    """
+    count, k1 = rank.shape
+    near, near_sizes = _reciprocal_on_gpu(rank, k1)
+    halves, half_sizes = _reciprocal_on_gpu(rank, half)
+    lengths, cursors = _nodes(rank, count, k1), _nodes(rank, count, k1 + 1)
+    _launch("accept", count, near, near_sizes, k1, halves, half_sizes, half, lengths)
+    sets, sizes = (near, near_sizes, k1, halves, half, lengths, cursors), _nodes(rank, count)
+    _launch("members", count, *sets, None, None, sizes, merges=True)
+    starts = _starts(sizes)
+    bounds = _starts(sizes[rank[:, :k2].clamp(0, count - 1)].sum(1))
+    member_count, bound = torch.stack([starts[-1], bounds[-1]]).tolist()
+
+    members, shares = _nodes(rank, member_count), rank.new_empty(member_count, dtype=torch.float64)
+    weights = rank.new_empty(member_count)
+    _launch("members", count, *sets, starts, members, sizes, merges=True)
+    dtype = str(features.dtype).removeprefix("torch.")
+    _launch(f"weights_{dtype}", count, features, features.shape[1], starts, members, shares, weights)
+    columns, values, cursors = _nodes(rank, bound), rank.new_empty(bound), _nodes(rank, count, k2)
+    graph = rank, count, k1, k2, starts, members, weights
+    _launch("expand", count, *graph, cursors, bounds, columns, values, sizes, merges=True)
+    return bounds, sizes, columns, values
+
+
+def _reciprocal_on_gpu(rank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """R(., k), `[N, k]`, and how many there are of each."""
+    sets, sizes = _nodes(rank, len(rank), k), _nodes(rank, len(rank))
+    _cuda.launch("jaccard", "jaccard_reciprocal_kernel", len(rank), 32, (rank, *rank.shape, k, sets, sizes))
+    return sets, sizes
+
+
+def _distance_on_gpu(bounds: Tensor, sizes: Tensor, columns: Tensor, values: Tensor, full: int) -> Tensor:
+    """J of the rows of weights that `_expanded_on_gpu` gives, of which `full` is the sum of each."""
+    count, bound = len(sizes), len(columns)
+    column_counts = torch.zeros_like(sizes)
+    _launch("count", count, bounds, sizes, columns, column_counts)
+    turned_starts, turned_rows, turned_values = _starts(column_counts), _nodes(bounds, bound), torch.empty_like(values)
+    turned = turned_starts, turned_rows, turned_values
+    _launch("turn", count, bounds, sizes, columns, values, turned_starts, column_counts, turned_rows, turned_values)
+    _launch("sort", count, *turned)
+
+    weights = bounds, sizes, columns, values, *turned, full, _nodes(bounds, bound + count)
+    counts = torch.empty_like(sizes)
+    _launch("distance", count, *weights, None, None, None, counts, merges=True)
+    starts = _starts(counts)
+    neighbors = bounds.new_empty(int(starts[-1]))
+    distances = neighbors.new_empty(len(neighbors), dtype=torch.float32)
+    _launch("distance", count, *weights, starts, neighbors, distances, counts, merges=True)
+    return _csr.from_starts(starts, neighbors, distances, count)
+
+
+def _launch(name: str, count: int, *arguments: Tensor | int | None, merges: bool = False) -> None:
+    """Start a kernel with a block for each row, and with a window of sums where it merges lists."""
+    if merges:
+        arguments = (*arguments, WINDOW)
+    _cuda.launch("jaccard", f"jaccard_{name}_kernel", count, 128, arguments, shared_bytes=8 * WINDOW * merges)
+
+
+def _nodes(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.int32)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Where rows of so many entries begin, and the end, `[N + 1]` int64."""
+    return torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])

@@ -9,6 +9,7 @@ import torch
 from graph_checks import fixture, people, same_bits_for_any_thread_count, stored, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels.emulated import cuda_backend
 
 from engine import _C, ops
 from engine.ops import _reciprocal
@@ -168,6 +169,66 @@ def test_native_ends_on_features_that_are_no_numbers():
     features[3], features[4, 2], features[5] = torch.nan, torch.inf, 3e38
     distance = MODULE.cpu(features, 10, 4)
     dense = stored(distance, otherwise=1.0)
+    assert torch.equal(dense, dense.T) and not dense.diagonal().any()
+    assert not dense.isnan().any()
+
+
+def on_the_emulator(features, k1, k2, descending=False):
+    with cuda_backend(descending=descending):
+        return MODULE.cuda(features, k1, k2)
+
+
+@pytest.mark.parametrize("k1, k2", [(1, 1), (2, 6), (9, 4), (30, 6), (100, 100)])
+@pytest.mark.parametrize("window", [7, 4096])
+def test_cuda_gives_the_entries_of_native_code(monkeypatch, window, k1, k2):
+    monkeypatch.setattr(MODULE, "WINDOW", window)
+    features = people(40, 16, k1, group_size=8)
+    distance, expected = on_the_emulator(features, k1, k2), MODULE.cpu(features, k1, k2)
+    assert torch.equal(distance.crow_indices(), expected.crow_indices())
+    assert torch.equal(distance.col_indices(), expected.col_indices())
+    torch.testing.assert_close(distance.values(), expected.values(), rtol=0, atol=2e-7)
+    assert_same_entries(on_the_emulator(features, k1, k2, descending=True), distance)
+    assert torch.equal(stored(distance), stored(distance).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1, 1e-3, 40])
+def test_cuda_stays_in_the_error_budget(dtype, scale):
+    features = (scale * people(150, 65, 6)).to(dtype)
+    truth = stored(MODULE.reference(features.double(), 20, 6), otherwise=1.0)
+    plain = stored(MODULE.reference(features, 20, 6), otherwise=1.0)
+    found = stored(on_the_emulator(features, 20, 6), otherwise=1.0)
+    assert (found - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-7
+
+
+def test_cuda_gives_the_bits_of_native_code_where_the_weights_are_the_same(monkeypatch):
+    row = torch.arange(300).unsqueeze(1)
+    features = 100.0 * (row // 6).float()
+    group = row // 6 * 6 + (row + torch.arange(6)) % 6
+    rank = torch.cat([group, (row + torch.tensor([100, 200, 37])) % 300], 1)
+    monkeypatch.setattr(MODULE, "_nearest", lambda features, k, precision: rank[:, :k])
+    monkeypatch.setattr(MODULE, "WINDOW", 50)
+    for k1, k2 in [(9, 8), (5, 3), (1, 1)]:
+        assert_same_entries(on_the_emulator(features, k1, k2), MODULE.cpu(features, k1, k2))
+
+
+def test_cuda_reads_no_neighbours_that_are_no_rows(monkeypatch):
+    features = people(90, 8, 8)
+    rank = MODULE._nearest(features, 10, "ieee")
+    rank[:, 7:] = torch.tensor([-1, 90, 2**40])
+    rank[::9, 1] = rank[::9, 0]
+    monkeypatch.setattr(MODULE, "_nearest", lambda features, k, precision: rank)
+    distance = on_the_emulator(features, 10, 10)
+    assert_same_entries(on_the_emulator(features, 10, 10, descending=True), distance)
+    assert torch.equal(stored(distance), stored(distance).T)
+    rank[:] = -1
+    assert torch.equal(stored(on_the_emulator(features, 10, 3), otherwise=1.0), 1 - torch.eye(90))
+
+
+def test_cuda_ends_on_features_that_are_no_numbers():
+    features = people(60, 8, 9)
+    features[3], features[4, 2], features[5] = torch.nan, torch.inf, 3e38
+    dense = stored(on_the_emulator(features, 10, 4), otherwise=1.0)
     assert torch.equal(dense, dense.T) and not dense.diagonal().any()
     assert not dense.isnan().any()
 
