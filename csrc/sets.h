@@ -6,7 +6,9 @@
 namespace engine {
 
 // Rows that are worth a thread, of `entries` each.
-inline std::int64_t set_rows_per_block(std::int64_t entries) { return 1 + (1 << 12) / (1 + entries); }
+ENGINE_HOST_DEVICE inline std::int64_t set_rows_per_block(std::int64_t entries) {
+  return 1 + (1 << 12) / (1 + entries);
+}
 
 // The steps of a sort by merge exchange (Batcher; Knuth, The Art of Computer Programming 3, algorithm 5.2.2M): in each,
 // `step(part, first, distance)` puts in order the entries `place` and `place + distance` of all places with
