@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -44,16 +45,26 @@ def reference(csr: Tensor, features: Tensor) -> Tensor:
 
 def cpu(csr: Tensor, features: Tensor) -> Tensor:
     """csrc/propagate.cpp: rows collect from a slice of the features that stays in cache."""
-    return _operator(_csr.bounded_starts(csr), csr.col_indices(), csr.values(), features)
+    return collect(csr, features, "cpu")
+
+
+def collect(csr: Tensor, features: Tensor, backend: str) -> Tensor:
+    """`propagate` by a back end's kernel, with gradients by the same kernel."""
+    return _operator(_csr.bounded_starts(csr), csr.col_indices(), csr.values(), features, backend)
 
 
 @torch.library.custom_op("engine::propagate", mutates_args=())
-def _operator(starts: Tensor, columns: Tensor, values: Tensor, features: Tensor) -> Tensor:
+def _operator(starts: Tensor, columns: Tensor, values: Tensor, features: Tensor, backend: str) -> Tensor:
     dtype = accumulation_dtype(values, features)
     starts, columns, features = starts.contiguous(), columns.contiguous(), features.contiguous()
-    values = values.to(dtype).contiguous()
     result = features.new_zeros(len(starts) - 1, features.shape[1], dtype=dtype)
-    _native.function("propagate", dtype)(
+    run = _run_native if backend == "cpu" else import_module("engine.kernels.propagate").run
+    run(starts, columns, values.to(dtype).contiguous(), features, result)
+    return result.to(features.dtype)
+
+
+def _run_native(starts: Tensor, columns: Tensor, values: Tensor, features: Tensor, result: Tensor) -> None:
+    _native.function("propagate", result.dtype)(
         starts.data_ptr(),
         columns.data_ptr(),
         values.data_ptr(),
@@ -64,16 +75,16 @@ def _operator(starts: Tensor, columns: Tensor, values: Tensor, features: Tensor)
         result.data_ptr(),
         torch.get_num_threads(),
     )
-    return result.to(features.dtype)
 
 
 @_operator.register_fake
-def _(starts: Tensor, columns: Tensor, values: Tensor, features: Tensor) -> Tensor:
+def _(starts: Tensor, columns: Tensor, values: Tensor, features: Tensor, backend: str) -> Tensor:
     return features.new_empty(len(starts) - 1, features.shape[1])
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,8 +101,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         columns, order = torch.where(stored, columns, features.shape[0]).sort(stable=True)
         bounds = torch.arange(features.shape[0] + 1, device=columns.device)
         turned = torch.searchsorted(columns, bounds), rows[order], values[order]
-        to_features = _operator(*turned, gradient)
-    return None, None, to_values, to_features
+        to_features = _operator(*turned, gradient, ctx.backend)
+    return None, None, to_values, to_features, None
 
 
 _operator.register_autograd(_backward, setup_context=_keep_inputs)

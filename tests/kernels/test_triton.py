@@ -31,6 +31,11 @@ def arguments(op: str, dtype: torch.dtype, precision: str) -> tuple[tuple[Any, .
     """What the engine hands to the kernels of an operator at the sizes they are made for."""
     if op == "sinkhorn":
         return (torch.empty(2, 11909, 800, dtype=dtype), 0.1), {"relax": 1.0, "max_iter": 2}
+    if op == "propagate":
+        csr = torch.sparse_csr_tensor(
+            torch.zeros(101, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0), (100, 50)
+        )
+        return (csr, torch.empty(50, 2048, dtype=dtype)), {}
     features, bank = torch.empty(256, 2048, dtype=dtype), torch.empty(9000, 2048, dtype=dtype)
     target = {
         "cluster_contrast": torch.empty(256, dtype=torch.int64),

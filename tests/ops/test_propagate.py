@@ -97,7 +97,7 @@ def test_indices_outside_their_range_are_ignored(starts, ordered, columns):
         with use_backend(name):
             torch.testing.assert_close(ops.propagate(graph, features), weights @ features)
     # torch itself does not survive the gradient of a CSR matrix with such indices: past it, to the operator inside.
-    result = torch.ops.engine.propagate(torch.tensor(bounds), places, values, features)
+    result = torch.ops.engine.propagate(torch.tensor(bounds), places, values, features, "cpu")
     to_features, to_values = torch.autograd.grad(result.sum(), [features, values])
     if ordered:
         torch.testing.assert_close(to_features, weights.sum(0)[:, None].expand(4, 3))
@@ -136,7 +136,7 @@ def test_gradient_of_a_graph_is_a_graph():
 def test_the_registered_operator_is_what_torch_expects(dtype):
     graph, features = random_graph(5, 7), unit_rows(7, 3, 3, dtype).requires_grad_()
     values = graph.values().clone().requires_grad_()
-    arguments = (graph.crow_indices(), graph.col_indices(), values, features)
+    arguments = (graph.crow_indices(), graph.col_indices(), values, features, "cpu")
     torch.library.opcheck(torch.ops.engine.propagate.default, arguments)
 
 
