@@ -90,7 +90,9 @@ class Case:
         peers: by name.
         agree: (inputs, expected, got, tolerance) raises AssertionError when a result is wrong.
         steps: iterations in a call; times are those of one.
-        goals: how many times faster than a peer the engine is to be.
+        precise: whether `call` takes the operator's argument `precision`.
+        goals: how many times faster than a peer the engine is to be, on a CPU.
+        gpu_goal: milliseconds that a step may take on an H200.
         memory_goal: bytes that the engine may use beside inputs and outputs; with it, memory is always measured.
     """
 
@@ -105,7 +107,9 @@ class Case:
     also: tuple[str, ...] = ()
     peers: dict[str, Peer] = field(default_factory=dict)
     steps: int = 1
+    precise: bool = False
     goals: dict[str, float] = field(default_factory=dict)
+    gpu_goal: float | None = None
     memory_goal: float | None = None
 
 
@@ -258,7 +262,8 @@ def cluster_contrast_cases(size: Size, make: Maker) -> Iterator[Case]:
         flops=flops,
         bytes=moved,
         agree=close,
-        peers={"torch eager": Peer(partial(forward_and_backward, peers.cluster_contrast))},
+        peers={"torch eager": Peer(partial(forward_and_backward, peers.cluster_contrast), multiplies=True)},
+        precise=True,
     )
 
     def step(
@@ -277,7 +282,9 @@ def cluster_contrast_cases(size: Size, make: Maker) -> Iterator[Case]:
         bytes=moved + 2 * bytes_of(features),
         agree=close,
         also=("memory_update_",),
-        peers={"torch + Python loop": Peer(partial(step, peers.cluster_contrast, peers.memory_update_))},
+        peers={
+            "torch + Python loop": Peer(partial(step, peers.cluster_contrast, peers.memory_update_), multiplies=True)
+        },
         goals={"torch + Python loop": 4},
     )
 
@@ -296,12 +303,14 @@ def neighbor_contrast_cases(size: Size, make: Maker) -> Iterator[Case]:
         bytes=bytes_of(features, features, bank, positives),
         agree=close,
         peers={
-            "torch eager": Peer(partial(forward_and_backward, peers.neighbor_contrast)),
+            "torch eager": Peer(partial(forward_and_backward, peers.neighbor_contrast), multiplies=True),
             "torch.compile": Peer(
-                partial(forward_and_backward, peers.compiled(peers.neighbor_contrast)), compiles=True
+                partial(forward_and_backward, peers.compiled(peers.neighbor_contrast)), compiles=True, multiplies=True
             ),
         },
+        precise=True,
         goals={"torch eager": 2.5},
+        gpu_goal=0.25,
         memory_goal=size.batch * size.instances * 4 / 20,
     )
 
@@ -319,7 +328,8 @@ def soft_contrast_cases(size: Size, make: Maker) -> Iterator[Case]:
         flops=4 * size.batch * size.clusters * size.width,
         bytes=bytes_of(features, features, bank, weights),
         agree=close,
-        peers={"torch eager": Peer(partial(forward_and_backward, peers.soft_contrast))},
+        peers={"torch eager": Peer(partial(forward_and_backward, peers.soft_contrast), multiplies=True)},
+        precise=True,
     )
 
 
@@ -339,6 +349,7 @@ def memory_update_cases(size: Size, make: Maker) -> Iterator[Case]:
         agree=close,
         peers={"Python loop": Peer(peers.memory_update_)},
         goals={"Python loop": 80},
+        gpu_goal=0.005,
     )
 
 
@@ -357,7 +368,15 @@ def topk_cases(size: Size, make: Maker) -> Iterator[Case]:
             environment={"OPENBLAS_CORETYPE": "SkylakeX"},
             instructions="AVX512",
         ),
-        "torch chunked": Peer(peers.torch_topk),
+        "faiss on the GPU": Peer(
+            peers.faiss_gpu_topk,
+            package="faiss",
+            part="StandardGpuResources",
+            dtypes=(torch.float32,),
+            on_cpu=False,
+        ),
+        "cuML": Peer(peers.cuml_topk, package="cuml", dtypes=(torch.float32,), on_cpu=False),
+        "torch chunked": Peer(peers.torch_topk, multiplies=True),
         "scikit-learn": Peer(peers.sklearn_topk, on_gpu=False),
     }
     yield Case(
@@ -370,6 +389,7 @@ def topk_cases(size: Size, make: Maker) -> Iterator[Case]:
         bytes=bytes_of(bank) + size.vis * NEIGHBOURS * (8 + bank.element_size()),
         agree=neighbours,
         peers=everyone,
+        precise=True,
         goals={"faiss": 3.2, "torch chunked": 3.5, "scikit-learn": 6},
     )
     queries = make.unit_rows(size.queries, size.width, 2)
@@ -383,6 +403,7 @@ def topk_cases(size: Size, make: Maker) -> Iterator[Case]:
         bytes=bytes_of(bank, queries) + size.queries * NEIGHBOURS * (8 + bank.element_size()),
         agree=neighbours,
         peers=everyone,
+        precise=True,
         goals={"faiss": 1.7, "torch chunked": 2.3},
     )
 
@@ -400,7 +421,9 @@ def knn_intersection_cases(size: Size, make: Maker) -> Iterator[Case]:
         flops=4 * size.batch * size.instances * size.width,
         bytes=bytes_of(views, bank) + size.batch * NEIGHBOURS * 8,
         agree=rows_equal,
-        peers={"torch + Python sets": Peer(peers.knn_intersection)},
+        also=("topk",),
+        peers={"torch + Python sets": Peer(peers.knn_intersection, multiplies=True)},
+        precise=True,
     )
 
 
@@ -435,7 +458,8 @@ def affinity_cases(size: Size, make: Maker) -> Iterator[Case]:
         bytes=bytes_of(queries, bank) + size.ir * NEIGHBOURS * (8 + 4),
         agree=sparse,
         also=("topk",),
-        peers={"dense sort": Peer(peers.affinity, slow=size.slow)},
+        peers={"dense sort": Peer(peers.affinity, slow=size.slow, multiplies=True)},
+        precise=True,
     )
 
 
@@ -477,7 +501,8 @@ def cmfp_cases(size: Size, make: Maker) -> Iterator[Case]:
         bytes=2 * bytes_of(vis, ir),
         agree=rows_close,
         also=("affinity", "propagate", "topk"),
-        peers={"dense sort + matmul": Peer(peers.cmfp, slow=size.slow)},
+        peers={"dense sort + matmul": Peer(peers.cmfp, slow=size.slow, multiplies=True)},
+        precise=True,
         goals={"dense sort + matmul": 15},
         memory_goal=size.vis * size.vis * 4 / 2,
     )
@@ -521,6 +546,7 @@ def jaccard_cases(size: Size, make: Maker) -> Iterator[Case]:
         flops=2 * size.vis * NEIGHBOURS * size.width,  # the products that the weights need
         bytes=bytes_of(features, indices, distance),
         agree=sparse,
+        gpu_goal=2,
     )
     yield Case(
         op="jaccard",
@@ -532,7 +558,7 @@ def jaccard_cases(size: Size, make: Maker) -> Iterator[Case]:
         bytes=bytes_of(features, indices),
         agree=clustering,
         also=("dbscan",),
-        peers={"field's loops": Peer(peers.clusters_of_neighbours, slow=size.slow)},
+        peers={"field's loops": Peer(peers.clusters_of_neighbours, on_gpu=False, slow=size.slow)},
         goals={"field's loops": 60},
     )
     yield Case(
@@ -545,7 +571,7 @@ def jaccard_cases(size: Size, make: Maker) -> Iterator[Case]:
         bytes=bytes_of(features),
         agree=clustering,
         also=("dbscan", "topk"),
-        peers={"field's loops": Peer(peers.clusters, slow=size.slow)},
+        peers={"field's loops": Peer(peers.clusters, on_gpu=False, slow=size.slow)},
         goals={"field's loops": 15},
         memory_goal=1e9,
     )
@@ -563,6 +589,7 @@ def dbscan_cases(size: Size, make: Maker) -> Iterator[Case]:
         bytes=bytes_of(distance) + 8 * size.vis,
         agree=equal,
         peers={"scikit-learn, sparse": Peer(peers.sklearn_dbscan, on_gpu=False)},
+        gpu_goal=0.1,
     )
 
 
@@ -604,6 +631,7 @@ def sinkhorn_cases(size: Size, make: Maker) -> Iterator[Case]:
         },
         steps=ITERATIONS,
         goals={"torch linear": 4.5, "torch log": 50, "POT": 65},
+        gpu_goal=0.014,
     )
 
 
@@ -615,11 +643,14 @@ def ot_assign_cases(size: Size, make: Maker) -> Iterator[Case]:
         form=f"{ITERATIONS} iterations",
         size=f"{size.ir} x {size.clusters} x {size.width}",
         inputs=lambda: (features, prototypes, 0.2, ITERATIONS),
-        call=lambda rows, centres, reg, count: ops.ot_assign(rows, centres, reg, max_iter=count, tol=0),
+        call=lambda rows, centres, reg, count, **options: ops.ot_assign(
+            rows, centres, reg, max_iter=count, tol=0, **options
+        ),
         flops=2 * size.ir * size.clusters * (size.width + 2 * ITERATIONS),
         bytes=bytes_of(features, prototypes) + 8 * size.ir,
         agree=rows_equal,
-        peers={"torch linear": Peer(peers.ot_assign)},
+        peers={"torch linear": Peer(peers.ot_assign, multiplies=True)},
+        precise=True,
     )
 
 

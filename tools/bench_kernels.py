@@ -6,6 +6,7 @@
 Without an option it measures every operator at the sizes of SYSU-MM01, beside all peers that are installed
 (`pip install -e .[bench]`), in about twenty minutes on two cores; `--quick` in two. A row gives the median and the
 quartiles, counted work over time, and how many times faster the engine is. `--scale` fits how cost grows instead.
+`--device cuda` times the same on a GPU, the engine and torch with TF32 and without; `--keep-going` lets nobody stop it.
 
 The pages of the repository are made by
 
@@ -21,7 +22,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -39,6 +40,7 @@ from bench_measure import (
     Row,
     Settings,
     contenders,
+    described,
     gate,
     measure_ceiling,
     run_case,
@@ -78,6 +80,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-peers", action="store_true", help="back ends alone")
     parser.add_argument("--memory", action="store_true", help="measure the memory of all contenders")
     parser.add_argument("--budget", type=float, help="seconds for the rounds of a case")
+    parser.add_argument("--keep-going", action="store_true", help="leave out what is wrong or fails, and say so")
     parser.add_argument("--scale", action="store_true", help=f"how cost grows, N = {COUNTS[0]} ... {COUNTS[-1]}")
     parser.add_argument("--json", type=Path, help="write header and rows to this file")
     parser.add_argument("--markdown", type=Path, help="write the page")
@@ -97,6 +100,7 @@ def header(given: list[str], device: str, ceiling: Ceiling) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "load at start": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
         "torch.mm": f"{ceiling.gflops:.0f} GFLOP/s",
+        **({"torch.mm in TF32": f"{ceiling.tf32_gflops:.0f} GFLOP/s"} if ceiling.tf32_gflops else {}),
         "copy": f"{ceiling.gbytes:.1f} GB/s",
         **info.versions(),
         **{name: version(name) for name in PEER_PACKAGES},
@@ -132,21 +136,34 @@ def settings_of(arguments: argparse.Namespace, dtype: str) -> Settings:
         peers=not arguments.no_peers,
         budget=budget,
         memory=arguments.memory,
+        keep_going=arguments.keep_going,
     )
 
 
-def compare(arguments: argparse.Namespace, ceiling: Ceiling) -> list[Row]:
-    """Every case of every operator, shown as it is done."""
+def compare(arguments: argparse.Namespace, ceiling: Ceiling, save: Callable[[list[Row]], None]) -> list[Row]:
+    """Every case of every operator, shown and saved as it is done."""
     print(title_line(), flush=True)
     rows: list[Row] = []
     for dtype in arguments.dtype:
         settings = settings_of(arguments, dtype)
         for op in arguments.op or sorted(CASES):
-            for index, case in enumerate(CASES[op](settings.size, settings.make)):
-                found = run_case(case, index, settings, ceiling)
+            for found in rows_of(op, settings, ceiling):
                 print(*map(line, map(cells, found)), sep="\n", flush=True)
                 rows += found
+                save(rows)
     return rows
+
+
+def rows_of(op: str, settings: Settings, ceiling: Ceiling) -> Iterator[list[Row]]:
+    """Case after case of an operator; where the settings are to keep going, its last row may say what ended them."""
+    try:
+        for index, case in enumerate(CASES[op](settings.size, settings.make)):
+            yield run_case(case, index, settings, ceiling)
+    except Exception as error:
+        if not settings.keep_going:
+            raise
+        dtype = str(settings.dtype).removeprefix("torch.")
+        yield [Row(op, "", settings.size.name, dtype, "all", missing=described(error), failed=True)]
 
 
 def grow(arguments: argparse.Namespace) -> list[Growth]:
@@ -201,20 +218,26 @@ def main(given: list[str]) -> None:
         torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
     ceiling = measure_ceiling(arguments.device, side=1024 if arguments.quick else 4096)
+
+    def save(rows: list[Row], growths: list[Growth] | None = None) -> None:
+        facts["duration"] = f"{(time.perf_counter() - start) / 60:.1f} minutes"
+        if arguments.json:
+            write_json(arguments.json, facts, ceiling, rows, growths or [])
+
     facts = header(given, arguments.device, ceiling)
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", end="\n\n")
     try:
-        rows, growths = ([], grow(arguments)) if arguments.scale else (compare(arguments, ceiling), [])
+        rows, growths = ([], grow(arguments)) if arguments.scale else (compare(arguments, ceiling, save), [])
     except AssertionError as error:
         sys.exit(str(error))
-    facts["duration"] = f"{(time.perf_counter() - start) / 60:.1f} minutes"
-    if arguments.json:
-        write_json(arguments.json, facts, ceiling, rows, growths)
+    save(rows, growths)
     if arguments.plot:
         plot(arguments.plot, facts, rows)
     if arguments.markdown:
         picture = os.path.relpath(arguments.plot, arguments.markdown.parent) if arguments.plot else None
         arguments.markdown.write_text(markdown(facts, rows, growths, picture))
+    if failed := [row for row in rows if row.failed]:
+        sys.exit("\n".join(f"{row.op} {row.form}, {row.size}: {row.contender} {row.missing}" for row in failed))
 
 
 if __name__ == "__main__":

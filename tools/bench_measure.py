@@ -3,6 +3,9 @@
 A contender is timed only after its result agreed with the reference. Calls of all contenders alternate, so that a change
 of the machine's load meets all alike. What takes minutes runs once, in a process of its own; so does what needs its
 memory measured, as only a process that has done nothing else can tell.
+
+On a GPU, events on the stream take the time, the second-level cache is emptied before each call, and torch's allocator
+tells the memory. torch multiplies in float32; who may use TF32 has it in the name ("TF32", of the engine "fast").
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.ops._backend import ORDER
+from engine.ops._precision import products
 
 AUTOMATIC = "automatic"
 """The engine's own choice, where an operator without a back end of its own is made of others that have one."""
@@ -37,6 +41,8 @@ PATIENCE = 20.0
 """Seconds of a first call beyond which it is the only one."""
 SECONDS_PER_SAMPLE = 0.02
 ROUNDS = 15
+FAST_TOLERANCE = 5e-3
+"""How far products in TF32 may be from the reference; unit rows of 2048 are 6e-5 off, logits at 0.05 twenty times that."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Row:
         speedup: its median over that of the engine.
         goal: what `speedup` is to be.
         memory_goal: what `memory` is to be at most.
+        time_goal: what `median` is to be at most.
+        failed: whether it is missing as it was wrong or broke off.
     """
 
     op: str
@@ -79,6 +87,8 @@ class Row:
     speedup: float | None = None
     goal: float | None = None
     memory_goal: float | None = None
+    time_goal: float | None = None
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,7 @@ class Settings:
         peers: whether they run.
         budget: seconds that the rounds of one case may take.
         memory: whether every contender's memory is measured, not only where the case states a goal.
+        keep_going: whether a contender that is wrong or fails is left out, and its row says so, instead of ending it all.
     """
 
     size: Size
@@ -100,6 +111,7 @@ class Settings:
     peers: bool = True
     budget: float = 20.0
     memory: bool = False
+    keep_going: bool = False
 
     @property
     def make(self) -> Maker:
@@ -117,31 +129,48 @@ class Contender:
     name: str
     call: Callable[..., Any]
     peer: Peer | None = None
+    fast: bool = False
 
     @property
     def apart(self) -> bool:
         return self.peer is not None and (self.peer.slow or bool(self.peer.environment))
 
     def tolerance(self, dtype: torch.dtype) -> float:
+        if self.fast:
+            return max(FAST_TOLERANCE, TOLERANCE[dtype])
         return self.peer.tolerance if self.peer and self.peer.tolerance else TOLERANCE[dtype]
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Rates of this machine in this run, 1e9 a second: `torch.mm` of two large float32 matrices, and a copy."""
+    """Rates of this machine in this run, 1e9 a second: `torch.mm` of two large float32 matrices, and a copy.
+
+    Attributes:
+        tf32_gflops: on a GPU, of the same product in TF32.
+    """
 
     gflops: float
     gbytes: float
+    tf32_gflops: float | None = None
+
+    @property
+    def fastest(self) -> float:
+        """Products that are as good as float32 can be made of those in TF32, so no other rate bounds them."""
+        return max(self.gflops, self.tf32_gflops or 0.0)
 
 
 def measure_ceiling(device: str, side: int = 4096) -> Ceiling:
     """The best of a few calls each."""
     left, right = torch.rand(2, side, side, device=device)
-    product = best_of(lambda: left @ right, device)
+    precisions = ("ieee",) if device == "cpu" else ("ieee", "fast")
+    rates = []
+    for precision in precisions:
+        with products(torch.device(device), precision):
+            rates.append(2e-9 * side**3 / best_of(lambda: left @ right, device))
     source = torch.rand(1 << 26, device=device)
     target = torch.empty_like(source)
     copy = best_of(lambda: target.copy_(source), device)
-    return Ceiling(2e-9 * side**3 / product, 2e-9 * bytes_of(source) / copy)
+    return Ceiling(rates[0], 2e-9 * bytes_of(source) / copy, *rates[1:])
 
 
 def best_of(call: Callable[[], Any], device: str, count: int = 6) -> float:
@@ -166,7 +195,15 @@ def own_choice(op: str, order: tuple[str, ...]) -> str:
 
 def contenders(case: Case, settings: Settings) -> list[Contender]:
     """What runs here, the back ends first."""
-    found = [Contender(name, partial(on_backend, name, case.call)) for name in engine_backends(case, settings)]
+    names = engine_backends(case, settings)
+    found = [Contender(name, partial(on_backend, name, case.call)) for name in names]
+    if settings.device != "cpu" and settings.dtype != torch.float64 and case.precise:
+        fast = partial(case.call, precision="fast")
+        found += [
+            Contender(f"{name}, fast", partial(on_backend, name, fast), fast=True)
+            for name in names
+            if name != "reference"
+        ]
     return found + [
         Contender(name, peer.call, peer) for name, peer in peers_of(case, settings).items() if peer.missing() is None
     ]
@@ -177,9 +214,22 @@ def peers_of(case: Case, settings: Settings) -> dict[str, Peer]:
     if not settings.peers:
         return {}
     on_gpu = settings.device != "cpu"
-    return {
-        name: peer for name, peer in case.peers.items() if settings.dtype in peer.dtypes and (peer.on_gpu or not on_gpu)
+    found = {
+        name: peer
+        for name, peer in case.peers.items()
+        if settings.dtype in peer.dtypes and (peer.on_gpu if on_gpu else peer.on_cpu)
     }
+    if on_gpu and settings.dtype == torch.float32:
+        for name, peer in list(found.items()):
+            if peer.multiplies:
+                tolerance = max(FAST_TOLERANCE, peer.tolerance or 0.0)
+                found[f"{name}, TF32"] = replace(peer, call=partial(in_tf32, peer.call), tolerance=tolerance)
+    return found
+
+
+def in_tf32(call: Callable[..., Any], *arguments: Any) -> Any:
+    with products(torch.device("cuda"), "fast"):
+        return call(*arguments)
 
 
 def on_backend(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -194,37 +244,63 @@ def run_case(case: Case, index: int, settings: Settings, ceiling: Ceiling) -> li
     """Check, time and weigh all contenders of the `index`-th case of its operator.
 
     Raises:
-        AssertionError: a contender is wrong.
+        AssertionError: a contender is wrong, and the settings are not to keep going.
     """
     found = contenders(case, settings)
-    inside = [contender for contender in found if not contender.apart]
-    times, expected = gate(case, inside, settings)
+    failures: dict[str, str] = {}
+    times, expected = gate(case, [contender for contender in found if not contender.apart], settings, failures)
     memory: dict[str, int | None] = {}
     for contender in found:
-        chosen = contender is found[0] or contender.peer is not None
-        if not (contender.apart or settings.memory or (settings.weighs(case) and chosen)):
+        if contender.name in failures:
             continue
-        seconds, memory[contender.name], result = apart(case, index, contender, settings)
-        if contender.apart:
-            agree(case, contender, settings, expected, result)
-            times[contender.name] = seconds
-    times |= alternate(case, [contender for contender in inside if not times[contender.name]], settings)
-    return rows(case, found, times, memory, settings, ceiling)
+        chosen = contender is found[0] or contender.peer is not None
+        with failing(contender, settings, failures):
+            if contender.apart or (
+                settings.device == "cpu" and (settings.memory or (settings.weighs(case) and chosen))
+            ):
+                seconds, memory[contender.name], result = apart(case, index, contender, settings)
+                if contender.apart:
+                    agree(case, contender, settings, expected, result)
+                    times[contender.name] = seconds
+            elif settings.device != "cpu":  # whose memory is known without a process of its own
+                memory[contender.name] = weigh(contender.call, case.inputs(), settings.device)[1]
+    left = [contender for contender in found if contender.name not in failures]
+    times |= alternate(case, [contender for contender in left if not times[contender.name]], settings)
+    return rows(case, found, times, memory, settings, ceiling, failures)
 
 
-def gate(case: Case, found: list[Contender], settings: Settings) -> tuple[dict[str, list[float]], Any]:
+@contextmanager
+def failing(contender: Contender, settings: Settings, failures: dict[str, str]) -> Iterator[None]:
+    """Where the settings are to keep going, what fails inside the block is written down instead of raised."""
+    try:
+        yield
+    except Exception as error:
+        if not settings.keep_going:
+            raise
+        failures[contender.name] = described(error)
+
+
+def described(error: Exception) -> str:
+    """In one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def gate(
+    case: Case, found: list[Contender], settings: Settings, failures: dict[str, str] | None = None
+) -> tuple[dict[str, list[float]], Any]:
     """Every contender once: the seconds of those that are too slow for another call, and the reference's result."""
     reference = Contender("reference", partial(on_backend, "reference", case.call))
     ordered = [reference, *(contender for contender in found if contender.name != "reference")]
     times: dict[str, list[float]] = {}
     expected = None
     for contender in ordered:
-        seconds, result = timed(contender.call, case.inputs(), settings.device)
-        compiles = contender.peer is not None and contender.peer.compiles
-        times[contender.name] = [seconds] if seconds > PATIENCE and not compiles else []
-        if contender is reference:
-            expected = result
-        agree(case, contender, settings, expected, result)
+        with failing(contender, settings, {} if failures is None else failures):
+            seconds, result = timed(contender.call, case.inputs(), settings.device)
+            compiles = contender.peer is not None and contender.peer.compiles
+            times[contender.name] = [seconds] if seconds > PATIENCE and not compiles else []
+            if contender is reference:
+                expected = result
+            agree(case, contender, settings, expected, result)
     return times, expected
 
 
@@ -258,12 +334,31 @@ def alternate(case: Case, found: list[Contender], settings: Settings) -> dict[st
 
 def sample(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int, device: str) -> float:
     """Mean seconds of one call."""
-    synchronize(device)
+    if device != "cpu":
+        return sample_on_gpu(call, arguments, repeats)
     start = time.perf_counter()
     for _ in range(repeats):
         call(*arguments)
     synchronize(device)
     return (time.perf_counter() - start) / repeats
+
+
+def sample_on_gpu(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> float:
+    """By events around each call. While the cache is emptied the host runs ahead, so that short launches do not show."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        cache_filler().zero_()
+        begin.record()
+        call(*arguments)
+        end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * sum(begin.elapsed_time(end) for begin, end in events) / repeats
+
+
+@cache
+def cache_filler() -> Tensor:
+    """More than any second-level cache holds."""
+    return torch.empty(1 << 28, dtype=torch.int8, device="cuda")
 
 
 def timed(call: Callable[..., Any], arguments: tuple[Any, ...], device: str) -> tuple[float, Any]:
@@ -287,15 +382,19 @@ def rows(
     memory: dict[str, int | None],
     settings: Settings,
     ceiling: Ceiling,
+    failures: dict[str, str],
 ) -> list[Row]:
     """One for every contender, and for every peer that is not there."""
     dtype = str(settings.dtype).removeprefix("torch.")
     common = partial(Row, case.op, case.form, case.size, dtype)
-    floor = max(1e-9 * case.flops / ceiling.gflops, 1e-9 * case.bytes / ceiling.gbytes)
+    floor = max(1e-9 * case.flops / ceiling.fastest, 1e-9 * case.bytes / ceiling.gbytes)
     ours = found[0].name if found and found[0].peer is None and settings.backends is None else None
-    own_median = statistics.median(times[ours]) if ours else None
+    own_median = statistics.median(times[ours]) if ours and ours not in failures else None
     result = []
     for contender in found:
+        if contender.name in failures:
+            result.append(common(contender.name, missing=failures[contender.name], failed=True))
+            continue
         samples = [seconds / case.steps for seconds in times[contender.name]]
         low, median, high = quartiles(samples)
         result.append(
@@ -315,14 +414,15 @@ def rows(
                 # A goal is for these operators at the size of SYSU-MM01, on a CPU, in float32.
                 goal=case.goals.get(contender.name) if goals_apply(settings) else None,
                 memory_goal=case.memory_goal if goals_apply(settings) and contender.name == ours else None,
+                time_goal=case.gpu_goal if goals_apply(settings, "cuda") and contender.name == ours else None,
             )
         )
     missing = {name: peer.missing() for name, peer in peers_of(case, settings).items()}
     return result + [common(name, missing=reason) for name, reason in missing.items() if reason]
 
 
-def goals_apply(settings: Settings) -> bool:
-    return settings.size.name == "sysu" and settings.device == "cpu" and settings.dtype == torch.float32
+def goals_apply(settings: Settings, device: str = "cpu") -> bool:
+    return settings.size.name == "sysu" and settings.device == device and settings.dtype == torch.float32
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

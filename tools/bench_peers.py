@@ -6,6 +6,7 @@ words, what most releases of the field do. A library is imported when it is call
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import shutil
@@ -33,8 +34,10 @@ class Peer:
     Attributes:
         call: takes the arguments of the case.
         package: what it imports, when that may be missing.
+        part: what that package must have, as not every build of it does.
         dtypes: of the inputs it can take. Half types are not among them: what others accumulate is then too coarse.
-        on_gpu: whether it also runs on CUDA tensors.
+        on_gpu, on_cpu: where its tensors may be.
+        multiplies: whether it is mostly products of matrices, which a GPU also has in TF32: there it runs both ways.
         slow: takes minutes at full size, so that it runs once, in a process of its own which gives its memory back.
         compiles: spends its first call on compiling.
         environment: variables that must be set before its library is loaded; it then runs in a process of its own.
@@ -44,8 +47,11 @@ class Peer:
 
     call: Callable[..., Any]
     package: str | None = None
+    part: str | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
     on_gpu: bool = True
+    on_cpu: bool = True
+    multiplies: bool = False
     slow: bool = False
     compiles: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -55,7 +61,9 @@ class Peer:
     def missing(self) -> str | None:
         """None when it can run here, else the reason."""
         if self.package and find_spec(self.package) is None:
-            return "not installed (pip install -e .[bench])"
+            return "not installed (pip install -e .[bench])" if self.on_cpu else "not installed"
+        if self.package and self.part and not hasattr(importlib.import_module(self.package), self.part):
+            return f"installed without {self.part}"
         if self.compiles and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
             return "no C++ compiler"
         if self.instructions not in (None, torch.backends.cpu.get_cpu_capability()):
@@ -72,10 +80,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 # Contrastive losses and the memory
 
 
-def forward_and_backward(loss: Callable[..., Tensor], features: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def forward_and_backward(
+    loss: Callable[..., Tensor], features: Tensor, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
     """A training step's share of a loss: value and gradient."""
     features = features.detach().requires_grad_()
-    value = loss(features, *rest)
+    value = loss(features, *rest, **options)
     value.backward()
     return value.detach(), features.grad
 
@@ -120,6 +130,31 @@ def faiss_topk(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     faiss.omp_set_num_threads(torch.get_num_threads())
     found = faiss.knn(queries.numpy(), bank.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+@cache
+def faiss_resources() -> Any:
+    """Streams and scratch memory of FAISS on the GPU, which it takes when they are made."""
+    import faiss
+
+    return faiss.StandardGpuResources()
+
+
+def faiss_gpu_topk(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`faiss.knn_gpu` on CUDA tensors."""
+    import faiss
+    import faiss.contrib.torch_utils  # teaches FAISS to take tensors
+
+    return faiss.knn_gpu(faiss_resources(), queries, bank, k, metric=faiss.METRIC_INNER_PRODUCT)
+
+
+def cuml_topk(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Brute force by Euclidean distance, as with scikit-learn."""
+    from cuml.neighbors import NearestNeighbors
+
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute", output_type="cupy").fit(bank)
+    distance, indices = (torch.as_tensor(found, device=queries.device) for found in search.kneighbors(queries))
+    return 1 - distance**2 / 2, indices.long()
 
 
 def sklearn_topk(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:

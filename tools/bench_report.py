@@ -44,7 +44,12 @@ LEGEND = """\
 - **extra MB**: most memory in use during the second call of a fresh process (of what takes minutes, the first), less what
   was in use before and what is returned.
 - **engine**: how many times faster the engine's own choice of back end is.
-- **goal**: what that, or in the engine's own row its memory, is to reach.
+- **goal**: what that, or in the engine's own row its memory or on a GPU its time, is to reach.
+"""
+ON_A_GPU = """\
+- **on this GPU** times are those of events on the stream around a call, with a second-level cache that was emptied before
+  it; memory is what torch's allocator gave out beyond inputs and results, at most. Products are in float32 but for
+  contenders with "TF32" or "fast" in their names; the ceiling of all is the product in TF32, as float32 can be made of it.
 """
 
 
@@ -75,6 +80,8 @@ def cells(row: Row) -> dict[str, str]:
     goal = f"{row.goal:g}x" if row.goal else ""
     if row.memory_goal:
         goal = f"< {row.memory_goal / 1e6:.3g} MB"
+    if row.time_goal:
+        goal = f"< {row.time_goal:g} ms"
     return known | {
         "contender": row.contender,
         "calls": f"{row.samples}{'*' if row.apart else ''}",
@@ -141,14 +148,15 @@ def markdown(header: Mapping[str, str], rows: list[Row], growths: list[Growth], 
         INTRODUCTION,
         table(("of this run", ""), [(name, f"`{value}`") for name, value in header.items()]),
     ]
-    goals = [row for row in rows if row.goal or row.memory_goal]
+    goals = [row for row in rows if row.goal or row.memory_goal or row.time_goal]
     if goals:
         parts += ["## Goals", table(("operator", "size", "against", "goal", "measured", "reached"), goal_lines(goals))]
     if picture:
         parts += [f"![How many times faster the engine is than each contender]({picture})"]
     if rows:
         body = [tuple(cells(row).values()) for row in rows]
-        parts += ["## All contenders", LEGEND.strip(), table(tuple(COLUMNS), body)]
+        legend = LEGEND + ON_A_GPU if "torch.mm in TF32" in header else LEGEND
+        parts += ["## All contenders", legend.strip(), table(tuple(COLUMNS), body)]
     if growths:
         parts += [
             "## How cost grows",
@@ -170,6 +178,9 @@ def goal_lines(rows: list[Row]) -> list[tuple[str, ...]]:
             reached = "yes" if row.memory <= row.memory_goal else "no"
             goal, found = f"< {row.memory_goal / 1e6:.3g} MB", f"{row.memory / 1e6:.1f} MB"
             lines.append((name, row.size, "extra memory", goal, found, reached))
+        if row.time_goal and row.median:
+            reached = "yes" if row.median <= row.time_goal else "no"
+            lines.append((name, row.size, "time", f"< {row.time_goal:g} ms", f"{number(row.median)} ms", reached))
     return lines
 
 

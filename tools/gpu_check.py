@@ -213,19 +213,16 @@ def sanitize(clock: Clock) -> list[Step]:
 
 
 def exercise(backends: list[str]) -> None:
-    """One call of every operator on each of these back ends that has it."""
-    from bench_cases import CASES, SIZES, Maker
+    """One call of every operator on each of these back ends that has it, or on what the engine chooses for its parts."""
+    from bench_cases import CASES, SIZES
+    from bench_measure import AUTOMATIC, Settings, engine_backends, on_backend
 
-    from engine import ops
-    from engine.ops._backend import exists
-
-    for op, cases in CASES.items():
-        found = [name for name in backends if exists(op, name)]
-        for case in cases(SIZES["quick"], Maker(torch.float32, "cuda")) if found else ():
-            for name in found:
-                if all(exists(other, name) for other in case.also):
-                    with ops.use_backend(name):
-                        case.call(*case.inputs())
+    settings = Settings(SIZES["quick"], "cuda", torch.float32, torch.get_num_threads())
+    for cases in CASES.values():
+        for case in cases(settings.size, settings.make):
+            for name in engine_backends(case, settings):
+                if name in (*backends, AUTOMATIC):
+                    on_backend(name, case.call, *case.inputs())
     torch.cuda.synchronize()
 
 
@@ -233,7 +230,8 @@ def bench(limit: float) -> tuple[Step, dict[str, Any] | None]:
     """The benchmark on the GPU, and what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.json")
-        command = (sys.executable, "tools/bench_kernels.py", "--device", "cuda", "--budget", 3, "--json", rows)
+        command = (sys.executable, "tools/bench_kernels.py", "--device", "cuda", "--budget", 3, "--keep-going")
+        command += ("--json", rows)
         step = run("benchmark", command, limit)
         return step, json.loads(rows.read_text()) if rows.is_file() else None
 

@@ -5,15 +5,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine import ops
+from engine.ops._backend import exists
 
 GRADIENTS = {"cluster_contrast": 0, "neighbor_contrast": 0, "propagate": 1, "segment_mean": 0, "soft_contrast": 0}
 """Which argument of a differentiable operator gets a gradient."""
+SEARCHING = ("affinity", "cmfp", "jaccard", "knn_intersection")
+"""Operators that call `topk`."""
+
+
+def on_backend(name: str, backend: str) -> AbstractContextManager[object]:
+    """Inside the block an operator runs on one back end; what searches by a `topk` that has no such form, by another."""
+    if name in SEARCHING and not exists("topk", backend):
+        return nullcontext()
+    return ops.use_backend(backend)
 
 
 def outcome(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fixed_calls import CALLS, integers
 from graph_checks import unit_rows
-from operator_results import GRADIENTS, copied, doubled, on_cpu, outcome, placed, same_bits, tensors
+from operator_results import GRADIENTS, copied, doubled, on_backend, on_cpu, outcome, placed, same_bits, tensors
 from torch import Tensor
 
 from engine import ops
@@ -34,7 +34,7 @@ def arguments_of(name: str) -> tuple[Any, ...]:
 
 def run(name: str, backend: str, arguments: tuple[Any, ...] | None = None, **options: Any) -> Any:
     """On one back end, or nowhere: what exists must run on a machine that has a GPU."""
-    with use_backend(backend):
+    with on_backend(name, backend):
         return outcome(name, getattr(ops, name), arguments or arguments_of(name), CALLS[name][1] | options)
 
 

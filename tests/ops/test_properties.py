@@ -25,6 +25,7 @@ from operator_results import (
     doubled,
     doubled_options,
     is_csr,
+    on_backend,
     on_cpu,
     outcome,
     placed,
@@ -110,12 +111,23 @@ def test_is_the_reference_on_a_gpu_too(name, backend, data):
     if any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in arguments):
         backend = "reference"  # alone computes in it
     call.options = dict(zip(call.options, placed(tuple(call.options.values()), "cuda"), strict=True))
-    with running_on(backend):
+    with running_on_a_gpu(name, backend):
         result = result_of(name, backend, call, arguments)
         again = outcome(name, getattr(ops, name), copied(placed(call.arguments, "cuda")), call.options)
     assert same_bits(result, again)
     call.options = dict(zip(call.options, placed(tuple(call.options.values()), "cpu"), strict=True))
     judge(name, call, on_cpu(result))
+
+
+@contextmanager
+def running_on_a_gpu(name: str, backend: str) -> Iterator[None]:
+    """As `running_on`; torch only warns where its own products, which are, need a setting to be deterministic."""
+    torch.use_deterministic_algorithms(backend != "reference", warn_only=True)
+    try:
+        with on_backend(name, backend):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def result_of(name: str, backend: str, call: Call, given: tuple[Any, ...]) -> Any:

@@ -142,6 +142,92 @@ def test_the_engine_s_own_choice_is_compared_with_the_others():
         assert row.low <= row.median <= row.high
 
 
+def on_cuda(monkeypatch):
+    """Settings of a run on CUDA tensors, in which the engine runs what it would on those of the CPU."""
+    backends = [bench_measure.AUTOMATIC, "reference"]
+    monkeypatch.setattr(bench_measure, "engine_backends", lambda case, settings: backends)
+    return replace(QUICK, device="cuda")
+
+
+def test_a_gpu_has_peers_of_its_own_and_products_in_tf32(monkeypatch):
+    case = next(cases_of("topk"))
+    here, there = (set(bench_measure.peers_of(case, settings)) for settings in (QUICK, on_cuda(monkeypatch)))
+    assert here == {"faiss", "faiss, AVX-512 BLAS", "torch chunked", "scikit-learn"}
+    assert there == {"faiss on the GPU", "cuML", "torch chunked", "torch chunked, TF32"}
+
+
+def test_a_peer_in_tf32_finds_torch_set_to_it():
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    assert bench_measure.in_tf32(lambda: setting.fp32_precision) == "tf32"
+    assert setting.fp32_precision == before
+
+
+@pytest.mark.parametrize("op", sorted(bench_cases.CASES))
+def test_on_a_gpu_back_ends_run_fast_too_where_the_operator_can(op, monkeypatch):
+    settings = on_cuda(monkeypatch)
+    for case in cases_of(op):
+        found = {contender.name: contender for contender in bench_measure.contenders(case, settings)}
+        assert ("automatic, fast" in found) == case.precise and "reference, fast" not in found
+        if case.precise:
+            expected = found["reference"].call(*case.inputs())
+            fast = found["automatic, fast"]
+            bench_measure.agree(case, fast, settings, expected, fast.call(*case.inputs()))
+
+
+def test_who_fails_is_left_out_where_the_others_are_to_go_on():
+    def breaks(*_):
+        raise RuntimeError("out of\nmemory")
+
+    wrong, broken = Peer(lambda bank, *_: bank), Peer(breaks)
+    case = replace(next(cases_of("memory_update_")), peers={"wrong": wrong, "broken": broken})
+    found = {row.contender: row for row in bench_measure.run_case(case, 0, replace(QUICK, keep_going=True), CEILING)}
+    assert found["cpu"].median and not found["cpu"].failed
+    assert found["broken"].failed and found["broken"].missing == "RuntimeError: out of memory"
+    assert found["wrong"].failed and "wrong is wrong" in found["wrong"].missing
+    with pytest.raises(RuntimeError, match="out of"):
+        bench_measure.run_case(replace(case, peers={"broken": broken}), 0, QUICK, CEILING)
+
+
+def test_an_operator_that_cannot_even_begin_is_a_row(monkeypatch):
+    def none(size, make):
+        raise RuntimeError("no inputs")
+        yield
+
+    monkeypatch.setitem(bench_cases.CASES, "topk", none)
+    ((row,),) = bench_kernels.rows_of("topk", replace(QUICK, keep_going=True), CEILING)
+    assert (row.op, row.failed, row.missing) == ("topk", True, "RuntimeError: no inputs")
+
+
+def test_on_a_gpu_events_around_each_call_take_the_time_after_the_cache_was_emptied(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("event")
+
+        def elapsed_time(self, other):
+            return 3.0  # milliseconds
+
+    class Filler:
+        def zero_(self):
+            happened.append("emptied")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("waited"))
+    monkeypatch.setattr(bench_measure, "cache_filler", Filler)
+    seconds = bench_measure.sample(lambda what: happened.append(what), ("call",), 2, "cuda")
+    assert seconds == pytest.approx(0.003)
+    assert happened == ["emptied", "event", "call", "event"] * 2 + ["waited"]
+
+
+def test_the_ceiling_of_a_gpu_is_its_product_in_tf32():
+    assert CEILING.fastest == 100 and replace(CEILING, tf32_gflops=400.0).fastest == 400
+
+
 def test_the_memory_of_a_call_is_what_it_takes_beside_its_result():
     def call(rows):
         return torch.ones(40, 1 << 18).sum(dim=0) + rows
@@ -179,6 +265,10 @@ def test_the_page_tells_which_goals_are_reached():
     assert "| topk self | 4 x 2 | extra memory | < 1 MB | 2.0 MB | no |" in page
     assert "| topk self | cpu | 1 | 4 | 2.00 |" in page
     assert "(benchmarks.png)" in page
+    row = replace(ROW, contender="cuda", ours=True, goal=None, time_goal=0.25)
+    page = bench_report.markdown({"torch.mm in TF32": "4 GFLOP/s"}, [row], [], None)
+    assert "| topk self | 4 x 2 | time | < 0.25 ms | 2 ms | no |" in page
+    assert "on this GPU" in page
 
 
 def test_the_picture_is_drawn(tmp_path):
