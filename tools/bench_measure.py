@@ -15,6 +15,7 @@ import gc
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ PATIENCE = 20.0
 """Seconds of a first call beyond which it is the only one."""
 SECONDS_PER_SAMPLE = 0.02
 ROUNDS = 15
+MOST_REPEATS_ON_A_GPU = 50
+"""Calls of a sample, between which emptying the cache takes longer than many a call."""
 FAST_TOLERANCE = 5e-3
 """How far products in TF32 may be from the reference; unit rows of 2048 are 6e-5 off, logits at 0.05 twenty times that."""
 
@@ -219,6 +222,8 @@ def peers_of(case: Case, settings: Settings) -> dict[str, Peer]:
         for name, peer in case.peers.items()
         if settings.dtype in peer.dtypes and (peer.on_gpu if on_gpu else peer.on_cpu)
     }
+    if on_gpu:  # what takes minutes on a CPU does not
+        found = {name: replace(peer, slow=False) for name, peer in found.items()}
     if on_gpu and settings.dtype == torch.float32:
         for name, peer in list(found.items()):
             if peer.multiplies:
@@ -320,7 +325,8 @@ def alternate(case: Case, found: list[Contender], settings: Settings) -> dict[st
     """
     inputs = {c.name: case.inputs() for c in found}
     first = {c.name: sample(c.call, inputs[c.name], 1, settings.device) for c in found}
-    repeats = {name: max(1, int(SECONDS_PER_SAMPLE / seconds)) for name, seconds in first.items()}
+    most = MOST_REPEATS_ON_A_GPU if settings.device != "cpu" else sys.maxsize
+    repeats = {name: min(most, max(1, int(SECONDS_PER_SAMPLE / seconds))) for name, seconds in first.items()}
     share = settings.budget / max(1, len(found))
     counts = {name: min(ROUNDS, int(share / (first[name] * repeats[name]))) for name in first}
     times: dict[str, list[float]] = {name: [] if counts[name] else [first[name]] for name in first}

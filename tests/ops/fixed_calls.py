@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from graph_checks import people, unit_rows
 
+from engine.ops import _csr
+
 Arguments = tuple[Any, ...]
 ROWS, BANK_ROWS, WIDTH = 37, 151, 67
 
@@ -23,7 +25,10 @@ def sparse(row_count: int, column_count: int, share: float) -> torch.Tensor:
     """A symmetric pattern where the matrix is square."""
     dense = uniform(row_count, column_count)
     dense = dense.masked_fill(dense > share, 0)
-    return (dense + dense.T if row_count == column_count else dense).to_sparse_csr()
+    if row_count == column_count:
+        dense = dense + dense.T
+    rows, columns = dense.nonzero().unbind(dim=1)
+    return _csr.build(rows.bincount(minlength=row_count), columns, dense[rows, columns], column_count)
 
 
 FEATURES, BANK = unit_rows(ROWS, WIDTH, 1), unit_rows(BANK_ROWS, WIDTH, 2)
