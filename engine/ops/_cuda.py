@@ -85,6 +85,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has: as many blocks as fit on each can wait for each other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def loader(op: str) -> str:
     """How the kernels of an operator come to the current device: `AHEAD` or `NVRTC`.
 

@@ -169,8 +169,8 @@ def _expanded_on_gpu(features: Tensor, rank: Tensor, half: int, k2: int) -> tupl
     members, shares = _nodes(rank, member_count), rank.new_empty(member_count, dtype=torch.float64)
     weights = rank.new_empty(member_count)
     _launch("members", count, *sets, starts, members, sizes, merges=True)
-    dtype = str(features.dtype).removeprefix("torch.")
-    _launch(f"weights_{dtype}", count, features, features.shape[1], starts, members, shares, weights)
+    weigh = f"weights_{_cuda.name_of(features.dtype)}"
+    _launch(weigh, count, features, features.shape[1], starts, members, shares, weights)
     columns, values, cursors = _nodes(rank, bound), rank.new_empty(bound), _nodes(rank, count, k2)
     graph = rank, count, k1, k2, starts, members, weights
     _launch("expand", count, *graph, cursors, bounds, columns, values, sizes, merges=True)

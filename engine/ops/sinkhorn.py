@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ops import _check
+from engine.ops import _check, _cuda
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
+
+CHUNKS = 256
+"""Parts at most into which a GPU divides the rows of a problem, whatever it is: sums do not hang on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,52 @@ def cpu(
     log_b = log_weight(b, cost.shape[:-2] + cost.shape[-1:], matrix)
     log_u, log_v, iterations, error = solve_native(matrix, log_a, log_b, reg, relax, max_iter, tol)
     return Sinkhorn(log_u, log_v, iterations, error, cost, reg, log_a)
+
+
+def cuda(
+    cost: Tensor,
+    reg: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    relax: float | None = None,
+    max_iter: int = 500,
+    tol: float = 1e-3,
+) -> Sinkhorn:
+    """csrc/sinkhorn.cu: one launch iterates until every problem has stopped. Nothing waits for the device."""
+    if cost.numel() == 0:
+        return reference(cost, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol)
+    matrix, offset = cost.contiguous(), row_offset(cost)
+    batch, (row_count, column_count) = cost.shape[:-2], cost.shape[-2:]
+    log_a = log_weight(a, cost.shape[:-1], offset).contiguous()
+    log_b = log_weight(b, (*batch, column_count), offset).contiguous()
+    log_u, log_v = torch.empty_like(log_a), torch.stack([log_b, log_b])
+    iterations, error = offset.new_empty(batch, dtype=torch.int64), offset.new_empty(batch)
+    problem_count = error.numel()
+    chunk_rows = max(8, -(-row_count // CHUNKS))
+    chunk_count = -(-row_count // chunk_rows)
+    working_space = (
+        offset.new_empty(problem_count, chunk_count, column_count),
+        offset.new_empty(problem_count, -(-column_count // 32)),
+    )
+    active, state = offset.new_empty(problem_count, dtype=torch.bool), offset.new_zeros(3, dtype=torch.int32)
+    limits = torch.finfo(torch.float32)  # an infinite factor times 0 would be NaN, as would be 0 times infinity
+    inverse_reg = min(max(1 / reg, limits.smallest_normal), limits.max)
+    exponent = 1.0 if relax is None else relax / (relax + reg)
+    _cuda.launch(
+        "sinkhorn",
+        f"sinkhorn_{_cuda.name_of(cost.dtype)}_kernel",
+        min(problem_count * chunk_count, 2 * _cuda.multiprocessors(cost.device)),
+        256,
+        (
+            *(matrix, offset, log_a, log_b, log_u, log_v, *working_space, error, iterations, active, state),
+            *(problem_count, row_count, column_count, chunk_rows),
+            *(inverse_reg, exponent, relax is not None, float(tol), max_iter),
+        ),
+        cooperative=True,
+    )
+    log_v = torch.where(iterations.unsqueeze(-1) % 2 == 1, log_v[0], log_v[1])
+    return Sinkhorn(log_u + offset / reg, log_v, iterations, error, cost, reg, log_a)
 
 
 def solve_native(

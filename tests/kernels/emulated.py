@@ -119,6 +119,7 @@ def cuda_backend(*, descending: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(_cuda, "launch", launch))
         stack.enter_context(patch.object(_cuda, "loader", lambda op: "emulated"))
+        stack.enter_context(patch.object(_cuda, "multiprocessors", lambda device: 2))
         stack.enter_context(patch.object(_backend, "ORDER", order))
         stack.enter_context(patch(f"{__name__}._descending", descending))
         _backend._find.cache_clear()
