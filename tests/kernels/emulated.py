@@ -20,7 +20,14 @@ from engine.ops import _backend, _cuda
 
 CSRC = Path(__file__).parents[2] / "csrc"
 EMULATOR = Path(__file__).with_name("cuda_emulator.h")
-COMPILER = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w"]
+COMPILER = [
+    "g++",
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-w",
+    "-D__CUDA_ARCH__=800",
+]  # headers as the device has them
 KERNEL = re.compile(r'extern "C"\s+__global__\s+void\s+(\w+)\(')
 DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__attribute__\s*\(\(aligned\(\w+\)\)\)\s+)?([\w: ]+?)\s+(\w+)\[\];")
 

@@ -7,10 +7,11 @@ import torch
 from graph_checks import people, same_bits_for_any_thread_count
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.emulated import cuda_backend
+from kernels.emulated import cuda_backend, launch
 from sklearn.cluster import DBSCAN
 
 from engine import ops
+from engine.ops import _cuda
 
 BACKENDS = ("cpu", "cuda", "reference")
 
@@ -151,6 +152,19 @@ def test_native_gives_the_labels_of_the_reference():
         for name in ("cpu", "cuda"):
             with running_on(name):
                 assert torch.equal(ops.dbscan(distance, 0.5, 4), expected)
+
+
+def test_cuda_gives_the_same_labels_however_blocks_race(monkeypatch):
+    def at_once(*arguments):
+        launch(*arguments, cooperative=True)  # each block on a thread of its own
+
+    for seed in range(3):
+        distance = as_torch(random_distances(600, 0.003, seed))
+        with ops.use_backend("cpu"):
+            expected = ops.dbscan(distance, 0.6, 3)
+        with cuda_backend(), monkeypatch.context() as patch:
+            patch.setattr(_cuda, "launch", at_once)
+            assert torch.equal(ops.dbscan(distance, 0.6, 3), expected)
 
 
 def test_wrong_arguments_are_named():
