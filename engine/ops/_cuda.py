@@ -24,6 +24,8 @@ PACKAGE = Path(__file__).parents[1]
 FATBINS = PACKAGE / "fatbins"
 INCLUDE = re.compile(r'^#include "(\w+\.h)"', re.MULTILINE)
 AHEAD, NVRTC = "compiled ahead of time by nvcc", "compiled at first use by NVRTC"
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
+"""Of NVRTC, which knows no functions for the host; headers of csrc/ hold some."""
 OLDEST = (8, 0)
 """The compute capability that the kernels are written for: their atomics, shared memory and asynchronous copies."""
 
@@ -199,7 +201,7 @@ def _compiled(op: str, capability: tuple[int, int]) -> bytes:
     """csrc/<op>.cu as a cubin, from the cache where it was compiled before: same text, options, GPU and compiler."""
     binding = nvrtc()
     texts = sources(op)
-    options = ("--std=c++17", f"--gpu-architecture=sm_{capability[0]}{capability[1]}")
+    options = (*OPTIONS, f"--gpu-architecture=sm_{capability[0]}{capability[1]}")
     identity = repr((texts, options, binding.getVersion()))
     kept = cache_folder() / "kernels" / f"{op}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.cubin"
     if kept.is_file():

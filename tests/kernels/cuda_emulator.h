@@ -1,7 +1,7 @@
 // CUDA kernels on the CPU. emulated.py compiles a .cu file behind this header; the threads of a block are fibers, which
-// change places only where they wait for each other. Between two barriers they run one after the other, in ascending or
-// in descending order: what differs between the two is a race. Blocks run one after the other, those of a cooperative
-// launch at once, each on a thread of its own.
+// change places only where they wait for each other. Between two barriers warps run one after the other, and so do
+// lanes between two exchanges, in ascending or in descending order: what differs between the two is a race. Blocks run
+// one after the other, those of a cooperative launch at once, each on a thread of its own.
 //
 // What the hardware leaves undefined is an error: a barrier that part of a block does not reach, or reaches elsewhere;
 // a shuffle that lanes of its mask do not take part in, or that reads a lane outside of it.
@@ -47,7 +47,7 @@ constexpr int kWarpLanes = 32;
 constexpr std::uint32_t kAllLanes = 0xffffffffu;
 
 struct Fiber {
-  enum class State { ready, block, warp, ended };
+  enum class State { ready, block, warp, pausing, ended };
 
   State state = State::ready;
   int line = 0;  // where it waits
@@ -123,20 +123,33 @@ class Block {
 
   using State = Fiber::State;
 
-  // One turn of every fiber that can go on. False once all have ended.
+  // Every warp in its turn goes as far as it can without the others. False once all fibers have ended.
   bool step() {
     bool moved = false, live = false;
-    for (std::size_t turn = 0; turn < fibers_.size(); ++turn) {
-      Fiber& fiber = fibers_[descending_ ? fibers_.size() - 1 - turn : turn];
-      if (fiber.state != State::ready) continue;
-      resume(fiber);
-      moved = true;
+    for (Fiber& fiber : fibers_) {
+      if (fiber.state == State::pausing) fiber.state = State::ready;
     }
-    for (unsigned first = 0; first < fibers_.size(); first += kWarpLanes) moved |= release_warp(first);
+    const unsigned count = static_cast<unsigned>(fibers_.size()), warps = (count + kWarpLanes - 1) / kWarpLanes;
+    for (unsigned turn = 0; turn < warps; ++turn) {
+      const unsigned first = kWarpLanes * (descending_ ? warps - 1 - turn : turn);
+      while (run_warp(first, std::min<unsigned>(kWarpLanes, count - first))) moved = true;
+    }
     moved |= release_block();
     for (const Fiber& fiber : fibers_) live |= fiber.state != State::ended;
     if (live && !moved) give_up();
     return live;
+  }
+
+  // Once each lane that can go on. False where there is none, nor any that could be let go on.
+  bool run_warp(unsigned first, unsigned lanes) {
+    bool moved = false;
+    for (unsigned turn = 0; turn < lanes; ++turn) {
+      Fiber& fiber = fibers_[first + (descending_ ? lanes - 1 - turn : turn)];
+      if (fiber.state != State::ready) continue;
+      resume(fiber);
+      moved = true;
+    }
+    return release_warp(first, lanes) || moved;
   }
 
   void resume(Fiber& fiber) {
@@ -183,8 +196,7 @@ class Block {
   }
 
   // Those of a warp who wait in one exchange go on once all lanes of its mask that have not ended are there.
-  bool release_warp(unsigned first) {
-    const unsigned lanes = std::min<unsigned>(kWarpLanes, fibers_.size() - first);
+  bool release_warp(unsigned first, unsigned lanes) {
     Fiber* const warp = fibers_.data() + first;
     bool released = false;
     for (unsigned leader = 0; leader < lanes; ++leader) {
@@ -365,7 +377,7 @@ const char* run(void (*kernel)(Parameters...), const Launch& launch) {
 
 // Threads of other blocks, too, may be in the way of a thread that waits for them.
 inline void let_others_run() {
-  current->wait(Fiber::State::ready, 0);
+  current->wait(Fiber::State::pausing, 0);
   std::this_thread::yield();
 }
 

@@ -49,10 +49,10 @@ def test_includes_nothing_but_headers_of_its_own(op):
 @pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_compiles_at_run_time(op, architecture):
-    options = ("--std=c++17", f"--gpu-architecture={architecture}")
+    options = (*_cuda.OPTIONS, f"--gpu-architecture={architecture}")
     assert _cuda.compile_source(nvrtc(), _cuda.sources(op), options).startswith(b"\x7fELF")
 
 
 def test_tells_what_the_run_time_compiler_says():
     with pytest.raises(RuntimeError, match="NVRTC cannot compile csrc/wrong.cu: .*error"):
-        _cuda.compile_source(nvrtc(), {"wrong.cu": "no code"}, ("--std=c++17",))
+        _cuda.compile_source(nvrtc(), {"wrong.cu": "no code"}, _cuda.OPTIONS)

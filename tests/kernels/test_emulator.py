@@ -22,8 +22,8 @@ extern "C" __global__ void reverse_kernel(const float* source, float* target, st
 }
 
 extern "C" __global__ void __launch_bounds__(engine::kBlockThreads) sum_kernel(const float* values, float* sums) {
-  const float sum = engine::block_sum(values[threadIdx.x]);
-  sums[threadIdx.x] = engine::block_sum(values[threadIdx.x]) - sum;
+  const float sum = engine::block_sum(values[threadIdx.x]), twice = engine::block_sum(2 * values[threadIdx.x]);
+  sums[threadIdx.x] = twice - 2 * sum;
   if (threadIdx.x == 0) sums[0] = sum;
 }
 

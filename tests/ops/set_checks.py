@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
+from emulated import cuda_backend
 from graph_checks import same_bits_for_any_thread_count
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.ops import use_backend
+from engine.ops import _sets, use_backend
 
 MAX_WIDTH = 40
 BACKENDS = ("cpu", "reference")
@@ -48,3 +50,13 @@ def check_layout_and_threads(operator: Callable[[Tensor, Tensor], Tensor]) -> No
         same_bits_for_any_thread_count(lambda: [operator(a, b)])
         for sets in ((a, b), strided):
             assert torch.equal(operator(*sets), expected)
+
+
+def check_rows_beyond_shared_memory(operator: Callable[[Tensor, Tensor], Tensor], patch: pytest.MonkeyPatch) -> None:
+    """On the emulator: rows that a block has no shared memory for."""
+    patch.setattr(_sets, "SHARED_BYTES", 100)
+    a, b = torch.randint(-1, 60, (2, 20, 37), generator=torch.Generator().manual_seed(1))
+    with use_backend("reference"):
+        expected = operator(a, b)
+    with cuda_backend():
+        assert torch.equal(operator(a, b), expected)

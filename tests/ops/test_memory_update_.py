@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emulated import cuda_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,9 +42,9 @@ def problem(
     )
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, "emulator"])
 def backend(request):
-    with use_backend(request.param):
+    with cuda_backend() if request.param == "emulator" else use_backend(request.param):
         yield request.param
 
 
@@ -87,6 +89,21 @@ def test_native_stays_in_the_error_budget(isa, width, dtype, normalize):
     assert native.dtype == dtype
     budget = 2 * (plain.double() - exact).abs().max() + 1e-6
     assert (native.double() - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize("searched", [0, 4096])
+@pytest.mark.parametrize("width", [2047, 2049, 5000])
+def test_wide_rows_and_sorted_batches_on_the_emulator(width, searched, monkeypatch):
+    """Columns beyond a block's registers, and a batch whose features are found by search or by sorting them."""
+    monkeypatch.setattr(importlib.import_module("engine.ops.memory_update_"), "SEARCHED", searched)
+    bank, features, labels, momentum = problem(7, 300, width, dtype=torch.float32)
+    expected = one_after_the_other(bank.double(), features.double(), labels, momentum.double(), True)
+    banks = bank.clone(), bank.clone()
+    for one, descending in zip(banks, (False, True), strict=True):
+        with cuda_backend(descending=descending):
+            memory_update_(one, features, labels, momentum)
+    torch.testing.assert_close(banks[0], expected.float())
+    assert torch.equal(*banks)
 
 
 def test_gives_the_bank_of_the_release(backend):

@@ -79,7 +79,7 @@ def test_is_the_reference_whatever_the_arguments(name, backend, data):
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if exists(name, "cuda")])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_on_the_emulator_too(name, data):
     check(name, "emulator", data)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from set_checks import BACKENDS, as_rows, as_sets, check_layout_and_threads, index_sets
+from set_checks import BACKENDS, as_rows, as_sets, check_layout_and_threads, check_rows_beyond_shared_memory, index_sets
 
 from engine.ops import set_intersection, use_backend
 
@@ -22,6 +22,10 @@ def test_is_the_intersection_ascending_and_padded(name, sets):
 
 def test_layout_and_thread_count_do_not_show():
     check_layout_and_threads(set_intersection)
+
+
+def test_rows_may_be_longer_than_shared_memory(monkeypatch):
+    check_rows_beyond_shared_memory(set_intersection, monkeypatch)
 
 
 def test_refuses_bad_arguments():
