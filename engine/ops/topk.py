@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops import _check, _native
+from engine.ops import _check, _cuda, _native
 from engine.ops._backend import pick
 from engine.ops._neighbors import largest
 from engine.ops._precision import accumulation_dtype, check_precision, products
 
 BLOCK_ENTRIES = 1 << 23
 """Similarities held at a time by the reference: 32 MB of float32."""
+GPU_BLOCK_ROWS = 1 << 12
+"""Queries whose similarities the GPU computes at a time: with as many rows of the bank, 64 MB."""
+GPU_MOST = 1 << 11
+"""Neighbours of a query that a block of threads has shared memory for."""
 
 
 @torch.no_grad()
@@ -92,4 +96,38 @@ def cpu(
         indices.data_ptr(),
         torch.get_num_threads(),
     )
+    return values.to(torch.promote_types(queries.dtype, bank.dtype)), indices
+
+
+def cuda(
+    queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False, precision: str = "ieee"
+) -> tuple[Tensor, Tensor]:
+    """Products by torch in blocks, csrc/topk.cu keeps the best; each serves both of its rows where queries is bank."""
+    query_count, bank_count = queries.shape[0], bank.shape[0]
+    kept = min(k, bank_count)
+    if kept > GPU_MOST or bank_count > 1 << 32:  # a candidate has 32 bits for the row of the bank
+        return reference(queries, bank, k, exclude_self=exclude_self, precision=precision)
+    indices = torch.zeros(query_count, k, dtype=torch.int64, device=queries.device)  # candidates until all are seen
+    values = torch.empty_like(indices, dtype=torch.float32)
+    symmetric = queries is bank
+
+    def offer(block: Tensor, first_query: int, first_row: int) -> None:
+        arguments = block, block.shape[1], first_query, first_row, exclude_self, k, kept, indices
+        shared_bytes = 8 * (2 * kept + 1024)
+        _cuda.launch("topk", "topk_select_kernel", len(block), 256, arguments, shared_bytes=shared_bytes)
+
+    def search(first_query: int, first_row: int) -> None:
+        rows, others = queries[first_query:][:GPU_BLOCK_ROWS], bank[first_row:][:GPU_BLOCK_ROWS]
+        with products(queries.device, precision):
+            block = rows.float() @ others.float().T
+        offer(block, first_query, first_row)
+        if symmetric and first_query != first_row:
+            offer(block.T.contiguous(), first_row, first_query)
+
+    if kept > 0:
+        for first_query in range(0, query_count, GPU_BLOCK_ROWS):
+            for first_row in range(first_query if symmetric else 0, bank_count, GPU_BLOCK_ROWS):
+                search(first_query, first_row)
+    count = indices.numel()
+    _cuda.launch("topk", "topk_write_kernel", -(-count // 256), 256, (count, indices, values))
     return values.to(torch.promote_types(queries.dtype, bank.dtype)), indices

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import emulated
 import pytest
 import torch
+from emulated import cuda_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,9 +17,9 @@ from engine.ops.topk import reference
 BACKENDS = ("cpu", "reference")
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, "emulator"])
 def backend(request):
-    with use_backend(request.param):
+    with cuda_backend() if request.param == "emulator" else use_backend(request.param):
         yield request.param
 
 
@@ -90,6 +92,36 @@ def test_native_self_search_finds_what_the_reference_finds(isa, count, exclude_s
             assert all(map(torch.equal, topk_of(rows, bank, 13, exclude_self=exclude_self), expected))
 
 
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize(("count", "k", "most"), [(1, 3, 9), (63, 1, 9), (130, 13, 99), (101, 120, 101), (90, 30, 20)])
+def test_blocks_of_the_gpu_find_what_the_reference_finds(count, k, most, exclude_self, monkeypatch):
+    """On the emulator, in blocks of 32; the last of the searches is too wide for a block of threads."""
+    monkeypatch.setitem(reference.__globals__, "GPU_BLOCK_ROWS", 32)
+    monkeypatch.setitem(reference.__globals__, "GPU_MOST", most)
+    rows = integer_rows(count, 9, 1)
+    if exclude_self:  # no product is -inf: the reference does not tell them from those that are left out
+        rows[:, 3] = rows[:, 3].abs()
+    rows[count // 2 :: 20, 2] = torch.nan
+    rows[count // 3 :: 20, 3] = torch.inf
+    values, indices = reference(rows, rows, k, exclude_self=exclude_self)
+    for bank in (rows, rows.clone()):
+        for descending in (False, True):
+            with cuda_backend(descending=descending):
+                found = topk_of(rows, bank, k, exclude_self=exclude_self)
+            torch.testing.assert_close(found[0], values, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(found[1], indices)
+
+
+@pytest.mark.parametrize("k", [30, 1100, 2048])
+@pytest.mark.parametrize("growing", [False, True])
+def test_long_rows_on_the_emulator(k, growing):
+    """The candidates of a query overflow their list, at every step where each is better than the one before."""
+    bank = torch.arange(5000.0)[:, None] if growing else integer_rows(5000, 9, 2)
+    queries = torch.ones(2, 1) if growing else integer_rows(2, 9, 1)
+    with cuda_backend():
+        assert all(map(torch.equal, topk_of(queries, bank, k), reference(queries, bank, k)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_similarity_of_two_rows_depends_on_nothing_else(isa, dtype):
     rows = torch.randn(1003, 700, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -155,6 +187,19 @@ def test_nan_is_the_largest_similarity(isa, exclude_self, dtype):
             found = topk_of(rows, bank, 7, exclude_self=exclude_self)
             torch.testing.assert_close(found[0], values, rtol=0, atol=0, equal_nan=True)
             assert torch.equal(found[1], indices)
+
+
+def test_zeros_of_both_signs_tie_on_the_emulator():
+    """Torch on a CPU multiplies to none below 0."""
+    products, entries, values = (
+        torch.tensor([[-0.0, 0.0] * 20]),
+        torch.zeros(1, 7, dtype=torch.int64),
+        torch.empty(1, 7),
+    )
+    arguments = products, 40, 0, 0, False, 7, 7, entries
+    emulated.launch("topk", "topk_select_kernel", 1, 256, arguments, shared_bytes=8 * (2 * 7 + 1024))
+    emulated.launch("topk", "topk_write_kernel", 1, 256, (7, entries, values))
+    assert entries.tolist() == [list(range(7))] and values.tolist() == [[0] * 7]
 
 
 def test_each_better_than_the_one_before(backend):
