@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.ops import _csr
+
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 POINTERS = {
@@ -32,9 +34,8 @@ def arguments(op: str, dtype: torch.dtype, precision: str) -> tuple[tuple[Any, .
     if op == "sinkhorn":
         return (torch.empty(2, 11909, 800, dtype=dtype), 0.1), {"relax": 1.0, "max_iter": 2}
     if op == "propagate":
-        csr = torch.sparse_csr_tensor(
-            torch.zeros(101, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0), (100, 50)
-        )
+        nothing = torch.empty(0, dtype=torch.int64)
+        csr = _csr.build(torch.zeros(100, dtype=torch.int64), nothing, torch.empty(0), 50)
         return (csr, torch.empty(50, 2048, dtype=dtype)), {}
     features, bank = torch.empty(256, 2048, dtype=dtype), torch.empty(9000, 2048, dtype=dtype)
     target = {
