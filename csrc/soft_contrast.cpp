@@ -49,7 +49,7 @@ class Task {
       for (std::int64_t first = 0; first < bank_count_; first += kContrastStripe) {
         const std::int64_t stripe = std::min(kContrastStripe, bank_count_ - first);
         const Real* weights = weights_at(first_row + i, first, stripe);
-        totals[i] = std::accumulate(weights, weights + stripe, totals[i]);
+        totals[i] += std::accumulate(weights, weights + stripe, 0.0);
       }
     }
     each_stripe([&](std::int64_t first, std::int64_t stripe, const Real* bank_rows) {
@@ -57,9 +57,11 @@ class Task {
       if (!keep_) block_.score(bank_rows, stripe, scores);
       for (std::int64_t i = 0; i < count; ++i) {
         const Real* weights = weights_at(first_row + i, first, stripe);
+        double sum = 0;  // of the stripe alone: rounding grows with the length of a sum
         for (std::int64_t j = 0; j < stripe; ++j) {
-          sums[i] += weights[j] * (log_sums[i] - scores[j * block_.lanes() + i]);
+          sum += weights[j] * (log_sums[i] - scores[j * block_.lanes() + i]);
         }
+        sums[i] += sum;
       }
       if (gradients == nullptr) return;
       block_.exponentiate(scores, stripe);
