@@ -49,8 +49,8 @@ class ContrastBlock {
   double sum(std::int64_t i) const { return sum_[i]; }
 
  private:
-  // target[row] + [0, 2 vectors) += sum_k left[row * row_step + k * depth_step] * right[k * right_step + [0, 2
-  // vectors)]
+  // targets[row][v] += sum_k left[row * row_step + k * depth_step] * right[k * right_step + v], for panel_rows rows
+  // and the entries v of two vectors (score) or three (spread).
   using Tile = void (*)(const Real* left, std::int64_t row_step, std::int64_t depth_step, const Real* right,
                         std::int64_t right_step, std::int64_t depth, Real* const* targets);
   using Exponentiate = void (*)(Real* scores, std::int64_t stripe, std::int64_t lanes, bool replace, Real* largest,
