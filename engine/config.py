@@ -22,29 +22,45 @@ S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Data:
-    """Where the images are and how they are read.
+class Source:
+    """A data set and its protocols.
 
     Attributes:
         name: the layout: sysu, regdb, llcm, folder, or demo (generated at `root` when it is not there).
-        size: height and width in pixels that every image is resized to.
         split: "test" trains on train + val identities and scores the test ones; "val" trains on train and scores val.
         trial: RegDB's split, 1 to 10.
         gallery: SYSU-MM01's gallery draw: "agw" (every unsupervised paper) or "official" (rand_perm_cam.mat).
         query: modality of a folder's query/ images; its gallery/ has the other one.
-        cache: folder for decoded images; empty = $XDG_CACHE_HOME/vireid-engine or ~/.cache/vireid-engine.
-        workers: decoding processes and threads; 0 = one per core.
     """
 
     name: Literal["sysu", "regdb", "llcm", "folder", "demo"]
     root: str
-    size: tuple[int, int] = (288, 144)
     split: Literal["test", "val"] = "test"
     trial: int = 1
     gallery: Literal["agw", "official"] = "agw"
     query: Literal["vis", "ir"] = "ir"
+
+
+@dataclass(frozen=True)
+class Data(Source):
+    """Where the images are and how they are read.
+
+    Attributes:
+        also: more data sets, trained on together with this one and each scored by its own protocols.
+        size: height and width in pixels that every image is resized to.
+        cache: folder for decoded images; empty = $XDG_CACHE_HOME/vireid-engine or ~/.cache/vireid-engine.
+        workers: decoding processes and threads; 0 = one per core.
+    """
+
+    also: tuple[Source, ...] = ()
+    size: tuple[int, int] = (288, 144)
     cache: str = ""
     workers: int = 0
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """All data sets, by the place of their settings: "data", "data.also.0", ..."""
+        return {"data": self} | {f"data.also.{i}": source for i, source in enumerate(self.also)}
 
 
 @dataclass(frozen=True)
@@ -286,7 +302,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines "a.b: old -> new" for every setting in which two `to_dict` results differ."""
+    """Lines "a.b: old -> new" for every setting in which two `to_dict` results differ; list items by position."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = (dict(enumerate(items)) for items in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         parts = [differences(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys]
@@ -417,7 +435,6 @@ def _check(config: Config) -> None:
     rules: list[tuple[str, Any, bool, str]] = [
         ("train.stages", len(stages), len(stages) > 0, "at least one stage"),
         ("data.size", list(config.data.size), min(config.data.size) >= 16, "a height and a width of at least 16"),
-        ("data.trial", config.data.trial, 1 <= config.data.trial <= 10, "1 to 10"),
         ("memory.temperature", config.memory.temperature, config.memory.temperature > 0, "a number above 0"),
         ("memory.momentum", config.memory.momentum, 0 <= config.memory.momentum <= 1, "0 to 1"),
         ("optim.lr", config.optim.lr, config.optim.lr > 0, "a number above 0"),
@@ -431,6 +448,8 @@ def _check(config: Config) -> None:
         ("evaluate.cmfp_k", config.evaluate.cmfp_k, config.evaluate.cmfp_k >= 0, "at least 0"),
         ("model.bn_group", config.model.bn_group, config.model.bn_group >= 0, "at least 0"),
     ]
+    for place, source in config.data.sources.items():
+        rules.append((f"{place}.trial", source.trial, 1 <= source.trial <= 10, "1 to 10"))
     for i, stage in enumerate(stages):
         for name, value in dataclasses.asdict(stage).items():
             rules.append((f"train.stages.{i}.{name}", value, value >= 1, "at least 1"))

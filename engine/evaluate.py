@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint, data, methods, ops
-from engine.config import Config, override, parse
+from engine.config import Config, Source, override, parse
 from engine.data import cache
 from engine.data.dataset import Dataset, Images, Protocol
 from engine.device import pick_device
@@ -141,7 +141,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> list[Score
     _refuse_leak(trained, config)
     dataset = data.read(config.data)
     if dataset.test is None:
-        raise UserError(f"{config.data.root}: has no query/ and gallery/ to score on")
+        raise UserError(f"{dataset.name}: has no query/ and gallery/ to score on")
     device = pick_device(config.device)
     blank = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has the weights
     network = methods.find(config.method.name)(blank).build().to(device)
@@ -161,15 +161,21 @@ def decode(images: Pair[Images], config: Config, part: str) -> Pair[np.ndarray]:
 
 
 def _refuse_leak(trained: Config, config: Config) -> None:
-    old, new = trained.data, config.data
-    if old.name != new.name:
-        return
+    before = trained.data.sources
+    for place, new in config.data.sources.items():
+        rivals = [before[place]] if place in before and before[place].name == new.name else before.values()
+        for old in rivals:
+            if old.name == new.name:
+                _refuse_leak_between(old, new, place)
+
+
+def _refuse_leak_between(old: Source, new: Source, place: str) -> None:
     if old.name == "regdb" and old.trial != new.trial:
         raise UserError(
-            f"data.trial: the network was trained on split {old.trial} and cannot be scored on split {new.trial}, whose "
-            f"test identities it has partly seen; leave data.trial={old.trial}, or train on split {new.trial}"
+            f"{place}.trial: the network was trained on split {old.trial} and cannot be scored on split {new.trial}, whose "
+            f"test identities it has partly seen; set {place}.trial={old.trial}, or train on split {new.trial}"
         )
     if old.split == "test" and new.split == "val":
         raise UserError(
-            "data.split: the network was trained on the val identities; train with data.split=val to score them"
+            f"{place}.split: the network was trained on the val identities; train with data.split=val to score them"
         )

@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from engine.config import Config, differences, load, parse, to_dict
 from engine.errors import UserError
 
 # Settings that a resumed run may change: they say where and how fast it runs, not what it computes.
-MOVABLE = ("device", "data.root", "data.cache", "data.workers", "train.checkpoint_steps", "tensorboard")
+MOVABLE = (
+    "device",
+    "data.root",
+    "data.also.*.root",
+    "data.cache",
+    "data.workers",
+    "train.checkpoint_steps",
+    "tensorboard",
+)
 
 
 def choose(config: Config, name: str, out: str = "") -> Path:
@@ -70,7 +79,11 @@ def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
         raise UserError(f"--resume {run}: it was stopped before its first checkpoint; start it anew, without --resume")
     saved = to_dict(parse(checkpoint.load(folder / "last.pt")["config"]))
     config = load(str(folder / "config.yaml"), overrides)
-    changed = [line for line in differences(saved, to_dict(config)) if line.split(":")[0] not in MOVABLE]
+    changed = [
+        line
+        for line in differences(saved, to_dict(config))
+        if not any(fnmatch(line.split(":")[0], name) for name in MOVABLE)
+    ]
     if changed:
         raise UserError(
             f"--resume {run}: the checkpoint was made with other settings ({'; '.join(changed)}). A resumed run may "
