@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.ops import _check, _native
+from engine.ops import _check, _cuda, _native
 from engine.ops._backend import pick
-from engine.ops._precision import accumulation_dtype, check_precision
+from engine.ops._precision import accumulation_dtype, check_precision, products
 from engine.ops.affinity import affinity
 from engine.ops.propagate import propagate
+from engine.ops.topk import GPU_BLOCK_ROWS, GPU_MOST, found, offer
 
 
 @torch.no_grad()
@@ -79,4 +80,44 @@ def cpu(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: s
         new_ir.data_ptr(),
         torch.get_num_threads(),
     )
+    return new_vis.to(vis.dtype), new_ir.to(ir.dtype)
+
+
+def cuda(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: str = "ieee") -> tuple[Tensor, Tensor]:
+    """Both modalities as one list of rows: products of blocks of them by torch, each block serving both of its sides,
+    csrc/topk.cu keeps a row's best in each modality, csrc/cmfp.cu adds them up. Nothing waits for the device.
+    """
+    counts = len(vis), len(ir)
+    k = min(k, max(counts))
+    if k > GPU_MOST:
+        return reference(vis, ir, k, normalize=normalize, precision=precision)
+    rows = torch.cat([functional.normalize(part.float(), dim=1) for part in (vis, ir)])
+    nearest = torch.zeros(2, len(rows), k, dtype=torch.int64, device=rows.device)
+    sides, lists = rows.split(counts), [among.split(counts) for among in nearest]
+    blocks = [
+        (side, first, sides[side][first:][:GPU_BLOCK_ROWS])
+        for side in (0, 1)
+        for first in range(0, counts[side] if k else 0, GPU_BLOCK_ROWS)
+    ]
+
+    def show(block: Tensor, side: int, first: int, bank: int, first_row: int) -> None:
+        offer(block, first, first_row, lists[bank][side], min(k, counts[bank]))
+
+    for place, (side, first, part) in enumerate(blocks):
+        for other_side, other_first, other in blocks[place:]:
+            with products(rows.device, precision):
+                block = part @ other.T
+            show(block, side, first, other_side, other_first)
+            if other is not part:
+                show(block.T.contiguous(), other_side, other_first, side, first)
+    values, neighbors = found(nearest)
+    neighbors[1] += counts[0]
+    weights = torch.where(values > 0, values, 0)
+    weights /= weights.sum(dim=2, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    sums = torch.empty_like(rows)
+    grid = len(rows), -(-rows.shape[1] // 256)
+    _cuda.launch("cmfp", "cmfp_collect_kernel", grid, 256, (rows, neighbors, weights, 2, k, rows.shape[1], sums))
+    if normalize:
+        sums = functional.normalize(sums, dim=1)
+    new_vis, new_ir = sums.split(counts)
     return new_vis.to(vis.dtype), new_ir.to(ir.dtype)

@@ -107,27 +107,45 @@ def cuda(
     kept = min(k, bank_count)
     if kept > GPU_MOST or bank_count > 1 << 32:  # a candidate has 32 bits for the row of the bank
         return reference(queries, bank, k, exclude_self=exclude_self, precision=precision)
-    indices = torch.zeros(query_count, k, dtype=torch.int64, device=queries.device)  # candidates until all are seen
-    values = torch.empty_like(indices, dtype=torch.float32)
+    nearest = torch.zeros(query_count, k, dtype=torch.int64, device=queries.device)
     symmetric = queries is bank
-
-    def offer(block: Tensor, first_query: int, first_row: int) -> None:
-        arguments = block, block.shape[1], first_query, first_row, exclude_self, k, kept, indices
-        shared_bytes = 8 * (2 * kept + 1024)
-        _cuda.launch("topk", "topk_select_kernel", len(block), 256, arguments, shared_bytes=shared_bytes)
 
     def search(first_query: int, first_row: int) -> None:
         rows, others = queries[first_query:][:GPU_BLOCK_ROWS], bank[first_row:][:GPU_BLOCK_ROWS]
         with products(queries.device, precision):
             block = rows.float() @ others.float().T
-        offer(block, first_query, first_row)
+        offer(block, first_query, first_row, nearest, kept, exclude_self)
         if symmetric and first_query != first_row:
-            offer(block.T.contiguous(), first_row, first_query)
+            offer(block.T.contiguous(), first_row, first_query, nearest, kept, exclude_self)
 
     if kept > 0:
         for first_query in range(0, query_count, GPU_BLOCK_ROWS):
             for first_row in range(first_query if symmetric else 0, bank_count, GPU_BLOCK_ROWS):
                 search(first_query, first_row)
-    count = indices.numel()
-    _cuda.launch("topk", "topk_write_kernel", -(-count // 256), 256, (count, indices, values))
+    values, indices = found(nearest)
     return values.to(torch.promote_types(queries.dtype, bank.dtype)), indices
+
+
+def offer(
+    block: Tensor, first_query: int, first_row: int, nearest: Tensor, kept: int, exclude_self: bool = False
+) -> None:
+    """Show the similarities of some queries with some rows of a bank to the lists of these queries, on a GPU.
+
+    Args:
+        block: `[queries, rows]` float32, contiguous, of the queries from `first_query` on with the rows from
+            `first_row` on.
+        nearest: `[all queries, k]` int64, contiguous, a candidate of csrc/topk.cu each, or 0 for none. The first `kept`
+            of each row become the best of those and of these.
+        kept: from 1 to the smallest of k, the rows of the bank and `GPU_MOST`.
+        exclude_self: row i of the bank is query i itself and is not taken.
+    """
+    arguments = block, block.shape[1], first_query, first_row, exclude_self, nearest.shape[1], kept, nearest
+    _cuda.launch("topk", "topk_select_kernel", len(block), 256, arguments, shared_bytes=8 * (2 * kept + 1024))
+
+
+def found(nearest: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarities, float32, and rows of the bank, in the memory of `nearest`, from candidates: -inf and -1 for none."""
+    values = torch.empty_like(nearest, dtype=torch.float32)
+    count = nearest.numel()
+    _cuda.launch("topk", "topk_write_kernel", -(-count // 256), 256, (count, nearest, values))
+    return values, nearest

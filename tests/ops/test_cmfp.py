@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated import cuda_backend
 from graph_checks import fixture, people, same_bits_for_any_thread_count, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +15,9 @@ from engine.ops.cmfp import reference
 BACKENDS = ("cpu", "reference")
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, "emulator"])
 def backend(request):
-    with use_backend(request.param):
+    with cuda_backend() if request.param == "emulator" else use_backend(request.param):
         yield request.param
 
 
@@ -146,9 +147,30 @@ def test_half_inputs_are_normalised_in_float32(dtype, backend):
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=torch.finfo(dtype).eps)
 
 
-def test_any_thread_count_gives_the_same_bits(backend):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_any_thread_count_gives_the_same_bits(name):
     vis, ir = unit_rows(2500, 32, 6), unit_rows(1100, 32, 7)
-    same_bits_for_any_thread_count(lambda: ops.cmfp(vis, ir, 9))
+    with use_backend(name):
+        same_bits_for_any_thread_count(lambda: ops.cmfp(vis, ir, 9))
+
+
+@pytest.mark.parametrize("most", [2048, 20])  # neighbours that the kernel takes, and too few
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(70, 33, 40), (64, 32, 7), (1, 65, 3)])
+def test_blocks_of_rows_do_not_show_on_the_emulator(sizes, dtype, most, monkeypatch):
+    monkeypatch.setitem(reference.__globals__, "GPU_BLOCK_ROWS", 32)
+    monkeypatch.setitem(reference.__globals__, "GPU_MOST", most)
+    vis_count, ir_count, k = sizes
+    vis, ir = people(vis_count + ir_count, 300, 1).to(dtype).split([vis_count, ir_count])
+    expected = four_dense_blocks(vis.double(), ir.double(), k, normalize=True)
+    results = []
+    for descending in (False, True):
+        with cuda_backend(descending=descending):
+            results.append(ops.cmfp(vis, ir, k))
+    assert all(map(torch.equal, *results))
+    for result, block in zip(results[0], expected, strict=True):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), block, rtol=0, atol=max(4e-6, torch.finfo(dtype).eps / 4))
 
 
 def test_wrong_arguments_are_named():
