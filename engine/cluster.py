@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine import config, ops
 from engine.pair import Pair
@@ -31,7 +33,32 @@ class Labels:
     @property
     def counts(self) -> Pair[int]:
         """Clusters per modality."""
-        return self.clusters.map(lambda labels: int(labels.max()) + 1 if len(labels) else 0)
+        return self._totals.map(lambda totals: totals[0])
+
+    @property
+    def clustered(self) -> Pair[int]:
+        """Images in clusters per modality."""
+        return self._totals.map(lambda totals: totals[1])
+
+    @property
+    def rows(self) -> Pair[Tensor]:
+        """The images in clusters per modality, `[clustered]` int64, ascending."""
+        return self.clusters.map(lambda labels, count: (labels < 0).sort(stable=True).indices[:count], self.clustered)
+
+    def moved(self, own: Pair[Tensor], cross: Pair[Tensor]) -> Labels:
+        """The same clusters, which need not be counted again, with training labels of a method."""
+        labels = replace(self, own=own, cross=cross)
+        object.__setattr__(labels, "_totals", self._totals)
+        return labels
+
+    @cached_property
+    def _totals(self) -> Pair[tuple[int, int]]:
+        """`counts` and `clustered`, by the one wait for the device that labels need."""
+        parts = [
+            torch.stack([F.pad(labels, (0, 1), value=-1).max() + 1, (labels >= 0).sum()]) for labels in self.clusters
+        ]
+        (vis_count, vis_clustered), (ir_count, ir_clustered) = torch.stack(parts).tolist()
+        return Pair((vis_count, vis_clustered), (ir_count, ir_clustered))
 
 
 def cluster(features: Pair[Tensor], settings: config.Cluster) -> Labels:

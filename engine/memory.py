@@ -29,6 +29,6 @@ def update(bank: Tensor, features: Tensor, labels: Tensor, momentum: float, gene
         generator: draws the order of the rows; None = as they stand.
     """
     if generator is not None:
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        order = torch.randperm(len(labels), generator=generator).to(labels.device, non_blocking=True)
         features, labels = features[order], labels[order]
     ops.memory_update_(bank, features.to(bank.dtype), labels, momentum)

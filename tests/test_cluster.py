@@ -43,6 +43,17 @@ def test_clusters_are_the_people(features):
         assert adjusted_rand_score(ids, found.numpy()) == 1
 
 
+def test_images_in_clusters_are_counted_once(monkeypatch):
+    clusters = Pair(torch.tensor([-1, 2, 0, -1, 1, 1]), torch.tensor([-1, -1]))
+    labels = Labels(clusters, clusters)
+    assert labels.counts == Pair(3, 0) and labels.clustered == Pair(4, 0)
+    assert [rows.tolist() for rows in labels.rows] == [[1, 2, 4, 5], []]
+    nothing = clusters.map(lambda found: found[:0])
+    assert Labels(nothing, nothing).counts == Labels(nothing, nothing).clustered == Pair(0, 0)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    assert labels.moved(clusters.swap(), clusters).counts == Pair(3, 0)
+
+
 def test_each_modality_has_its_own_settings(features):
     none = config.Cluster(k1=Pair(8, 6), k2=3, eps=Pair(0.6, 0.001), min_samples=3)
     assert cluster(features[0], none).counts == Pair(PEOPLE, 0)

@@ -73,12 +73,12 @@ class Method:
     def describe(self, labels: Labels) -> dict[str, float]:
         """Numbers about the epoch's labels for the log."""
         numbers: dict[str, float] = {}
-        for name, found, count in (
-            ("vis", labels.clusters.vis, labels.counts.vis),
-            ("ir", labels.clusters.ir, labels.counts.ir),
+        for name, found, count, clustered in (
+            ("vis", labels.clusters.vis, labels.counts.vis, labels.clustered.vis),
+            ("ir", labels.clusters.ir, labels.counts.ir, labels.clustered.ir),
         ):
             numbers[f"clusters.{name}"] = count
-            numbers[f"outliers.{name}"] = int((found < 0).sum())
+            numbers[f"outliers.{name}"] = len(found) - clustered
         return numbers
 
 

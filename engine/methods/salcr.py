@@ -92,7 +92,7 @@ class Salcr(Method):
 
     def _associate(self, features: Pair[Tensor], labels: Labels) -> Labels:
         dagl, transport = self.settings.dagl, self.settings.transport
-        kept = labels.clusters.map(lambda found: (found >= 0).nonzero().squeeze(1))
+        kept = labels.rows
         clusters = labels.clusters.map(lambda found, rows: found[rows], kept)
         moved = features.map(lambda part, rows: part[rows], kept)
         memories = moved.map(memory.cluster_memory, clusters, labels.counts)
@@ -112,7 +112,7 @@ class Salcr(Method):
             return torch.full_like(all_rows, -1).index_copy(0, rows, part)
 
         own = clusters.map(spread, kept, labels.clusters)
-        return Labels(labels.clusters, own, cross.map(spread, kept, labels.clusters))
+        return labels.moved(own, cross.map(spread, kept, labels.clusters))
 
     def losses(self, output: Output, batch: Batch, memories: dict[str, Tensor]) -> dict[str, Tensor]:
         """`L_dagl`: every kind of image against the clusters of both modalities (Eq. 5-8)."""
