@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.ops import _check
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, check_precision, products
-from engine.ops.sinkhorn import argmax, check_settings, check_weight, log_weight, scale, solve, solve_native
+from engine.ops.sinkhorn import argmax, check_settings, check_weight, log_weight, scale, solve
 
 COST_BYTES = 1 << 29
 """Costs above this size are not kept but computed anew at every iteration, in blocks of a sixteenth of it."""
@@ -71,45 +71,23 @@ def reference(
     tol: float = 1e-3,
     precision: str = "ieee",
 ) -> Tensor:
-    """`sinkhorn.solve` on the cost, kept whole or made in blocks of rows."""
+    """`sinkhorn` on the cost, or, where it is not kept, `sinkhorn.solve` on blocks of rows of it."""
     centres = prototypes.to(accumulation_dtype(features, prototypes))
     if _fits(features, centres):
-        whole = scale(_cost(features, centres, precision), reg)
+        cost = _cost(features, centres, precision)
+        log_v = pick("sinkhorn", cost)(cost, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol).log_v
+        return torch.cat([argmax(log_v - scale(block, reg)) for block in cost.split(_block_rows(centres))])
 
-        def costs() -> Iterable[Tensor]:
-            return (whole,)
-    else:
-
-        def costs() -> Iterable[Tensor]:
-            return (scale(_cost(rows, centres, precision), reg) for rows in features.split(_block_rows(centres)))
+    def costs() -> Iterable[Tensor]:
+        return (scale(_cost(rows, centres, precision), reg) for rows in features.split(_block_rows(centres)))
 
     log_a, log_b = log_weight(a, features.shape[:1], centres), log_weight(b, prototypes.shape[:1], centres)
     log_v = solve(costs, log_a, log_b, reg, relax, max_iter, tol)[1]
     return torch.cat([argmax(log_v - block) for block in costs()])
 
 
-def cpu(
-    features: Tensor,
-    prototypes: Tensor,
-    reg: float,
-    *,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    relax: float | None = None,
-    max_iter: int = 500,
-    tol: float = 1e-3,
-    precision: str = "ieee",
-) -> Tensor:
-    """`sinkhorn.solve_native` on the cost. One that is not kept goes to the reference: its time is that of the products."""
-    centres = prototypes.to(accumulation_dtype(features, prototypes))
-    if not _fits(features, centres):
-        return reference(
-            features, prototypes, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol, precision=precision
-        )
-    cost = _cost(features, centres, precision)
-    log_a, log_b = log_weight(a, features.shape[:1], cost), log_weight(b, prototypes.shape[:1], cost)
-    log_v = solve_native(cost, log_a, log_b, reg, relax, max_iter, tol)[1]
-    return torch.cat([argmax(log_v - scale(block, reg)) for block in cost.split(_block_rows(centres))])
+cpu = reference
+"""`sinkhorn` runs on the same back end. A cost that is not kept takes the time of its products anyway."""
 
 
 def _cost(features: Tensor, centres: Tensor, precision: str) -> Tensor:

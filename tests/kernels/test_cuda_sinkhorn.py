@@ -7,9 +7,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from emulated import cuda_backend
+from ops.graph_checks import people, unit_rows
 from ops.sinkhorn_checks import check_solution, drawn_cost
 
-from engine.ops import _cuda, sinkhorn, use_backend
+from engine.ops import _cuda, ot_assign, sinkhorn, use_backend
 from engine.ops.sinkhorn import Sinkhorn, reference
 
 FIELDS = ("log_u", "log_v", "iterations", "error")
@@ -96,3 +97,15 @@ def test_nan_ends_its_problem_alone(where, spoil, relax):
     assert torch.equal(result.iterations, expected.iterations)
     for name in ("log_u", "log_v"):
         torch.testing.assert_close(getattr(result, name), getattr(expected, name), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_assignments_are_solved_by_the_kernel(dtype):
+    features, prototypes = people(90, 16, 3).to(dtype), unit_rows(11, 16, 4, dtype)
+    weights = {"a": torch.linspace(1, 2, 90) / 135, "b": torch.linspace(1, 3, 11) / 22}
+    with cuda_backend(), patch.object(_cuda, "launch", wraps=_cuda.launch) as launched:
+        labels = ot_assign(features, prototypes, 0.05, **weights)
+        assert launched.call_count == 1
+        assert ot_assign(features, prototypes[:0], 0.05).tolist() == [-1] * 90
+    with use_backend("reference"):
+        assert torch.equal(labels, ot_assign(features, prototypes, 0.05, **weights))

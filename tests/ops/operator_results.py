@@ -18,11 +18,13 @@ GRADIENTS = {"cluster_contrast": 0, "neighbor_contrast": 0, "propagate": 1, "seg
 """Which argument of a differentiable operator gets a gradient."""
 SEARCHING = ("affinity", "cmfp", "jaccard", "knn_intersection")
 """Operators that call `topk`."""
+AUTOMATIC = "automatic"
+"""Not a back end: the engine's choice, for an operator that has no kernel of its own but calls one that has."""
 
 
 def on_backend(name: str, backend: str) -> AbstractContextManager[object]:
     """Inside the block an operator runs on one back end; what searches by a `topk` that has no such form, by another."""
-    if name in SEARCHING and not exists("topk", backend):
+    if backend == AUTOMATIC or (name in SEARCHING and not exists("topk", backend)):
         return nullcontext()
     return ops.use_backend(backend)
 

@@ -12,7 +12,18 @@ import pytest
 import torch
 from fixed_calls import CALLS, integers
 from graph_checks import unit_rows
-from operator_results import GRADIENTS, copied, doubled, on_backend, on_cpu, outcome, placed, same_bits, tensors
+from operator_results import (
+    AUTOMATIC,
+    GRADIENTS,
+    copied,
+    doubled,
+    on_backend,
+    on_cpu,
+    outcome,
+    placed,
+    same_bits,
+    tensors,
+)
 from torch import Tensor
 
 from engine import ops
@@ -24,13 +35,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 FORMS = [(name, backend) for name in sorted(CALLS) for backend in ORDER["cuda"] if exists(name, backend)]
-# Of the others, jaccard stores as much as it finds, and sinkhorn in Triton looks whether it may stop.
-NEVER_WAITING = [
-    (name, backend)
-    for name, backend in FORMS
-    if name.endswith("contrast")
-    or (backend != "reference" and (name, backend) not in (("jaccard", "cuda"), ("sinkhorn", "triton")))
-]
+FORMS += [("affinity", AUTOMATIC), ("ot_assign", AUTOMATIC)]
+# affinity and jaccard store as much as they find; sinkhorn in Triton looks whether it may stop.
+WAITING = {("affinity", AUTOMATIC), ("jaccard", "cuda"), ("sinkhorn", "triton")}
+LOSSES = {(name, backend) for name, backend in FORMS if name.endswith("contrast")}
+NEVER_WAITING = [form for form in FORMS if form in LOSSES or (form[1] != "reference" and form not in WAITING)]
 TEMPERATURE = 0.05
 
 
