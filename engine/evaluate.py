@@ -163,6 +163,7 @@ def decode(images: Pair[Images], config: Config, part: str) -> Pair[np.ndarray]:
 def _refuse_leak(trained: Config, config: Config) -> None:
     before = trained.data.sources
     for place, new in config.data.sources.items():
+        # At its old place and in its old layout it is the data set trained on, whose root may have moved.
         rivals = [before[place]] if place in before and before[place].name == new.name else before.values()
         for old in rivals:
             if old.name == new.name:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from engine import config
+from engine import config, optim
 from engine.errors import UserError
 from engine.pair import Pair
 
@@ -18,6 +18,25 @@ def test_every_shipped_configuration_loads_and_survives_being_written_out(name):
     loaded = config.load(name)
     assert config.parse(config.to_dict(loaded)) == loaded
     assert config.load(name.removesuffix(".yaml")) == loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "eps", "k", "iterations"),
+    [("sysu", 0.6, 30, 300), ("llcm", 0.6, 30, 300), ("regdb", 0.3, 8, 100), ("unified", 0.6, 30, 300)],
+)
+def test_shipped_configurations_have_the_papers_settings(name, eps, k, iterations):
+    loaded = config.load(name)
+    assert loaded.data.size == (288, 144)
+    assert (loaded.cluster.k1, loaded.cluster.k2, loaded.cluster.min_samples) == (Pair(30, 30), 6, 4)
+    assert loaded.cluster.eps == Pair(eps, eps)
+    assert loaded.settings.cmfp.k == k
+    first, second = loaded.train.stages
+    assert first == config.Stage(40, iterations, 12, 12) and second == config.Stage(40, iterations, 8, 8)
+    rates = [optim.learning_rate(loaded.optim, epoch, 40) for _ in range(2) for epoch in range(40)]
+    assert rates == pytest.approx(2 * (20 * [3.5e-4] + 20 * [3.5e-5]))
+    assert loaded.optim.weight_decay == 5e-4
+    assert (loaded.memory.temperature, loaded.memory.momentum) == (0.05, 0.1)
+    assert loaded.settings.transport.reg == 1 / 5
 
 
 def test_numbers_and_words_mean_what_people_mean(tmp_path):

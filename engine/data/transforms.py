@@ -2,8 +2,9 @@
 
 All draws are made on the CPU from the generator that is given, as small tensors with a row per image that are then moved:
 CPU and GPU see the same draws, and nothing waits for the device. The order of operations is that of the public code that
-the paper builds on: pad and crop, flip, colour jitter, LTG, normalise, erase, channel operation. The private functions
-change the float planes in place: fresh memory costs a CPU more than the arithmetic.
+the paper builds on, and the paper's text names no other: pad and crop, flip, colour jitter, LTG, normalise, erase, channel
+operation. So erased pixels get ImageNet's mean, and channels are exchanged and mixed, after normalisation. The private
+functions change the float planes in place: fresh memory costs a CPU more than the arithmetic.
 """
 
 from __future__ import annotations
