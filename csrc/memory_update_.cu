@@ -21,19 +21,27 @@ __device__ std::int64_t find_label(const std::int64_t* labels, std::int64_t begi
 }  // namespace
 }  // namespace engine
 
-// A block per place of the batch. That of the first feature of a label carries the row through all features of the
-// label, in batch order; the others end. bank [bank_rows, width], features [batch, width], labels [batch], contiguous;
-// momentum [batch], or null where all features share one. A label outside [0, bank_rows) is skipped.
+// A block per problem and place of its batch. That of the first feature of a label carries the row through all features
+// of the label, in batch order; the others end. Of each problem: bank [bank_rows, width], `bank_stride` entries after
+// that of the one before, and features [batch, width], labels [batch], contiguous; momentum [batch], or null where all
+// features of all problems share one. A label outside [0, bank_rows) is skipped.
 //
-// `order` is null, or holds the places of the batch sorted by label and then by place; `labels` are sorted with them,
-// so that a label's features need not be looked for.
+// `order` is null, or holds, of each problem, the places of the batch sorted by label and then by place; `labels` are
+// sorted with them, so that a label's features need not be looked for.
 extern "C" __global__ void __launch_bounds__(engine::kBlockThreads)
     memory_update_kernel(float* bank, const float* features, const std::int64_t* labels, const std::int64_t* order,
-                         const float* momentum, float shared_momentum, std::int64_t bank_rows, std::int64_t batch,
-                         std::int64_t width, bool normalize) {
+                         const float* momentum, float shared_momentum, std::int64_t bank_stride, std::int64_t bank_rows,
+                         std::int64_t batch, std::int64_t width, bool normalize) {
   using engine::kBlockThreads;
   using engine::kHeld;
-  const std::int64_t own = blockIdx.x, label = labels[own];
+  const std::uint32_t places = static_cast<std::uint32_t>(batch);  // as many as there are blocks at most
+  const std::int64_t problem = blockIdx.x / places, own = blockIdx.x % places;
+  bank += problem * bank_stride;
+  features += problem * batch * width;
+  labels += problem * batch;
+  if (order) order += problem * batch;
+  if (momentum) momentum += problem * batch;
+  const std::int64_t label = labels[own];
   if (label < 0 || label >= bank_rows) return;
   if (order ? own > 0 && labels[own - 1] == label : engine::find_label(labels, 0, own, label) < own) return;
 

@@ -28,7 +28,7 @@ def fail(name: str, expected: str, value: object) -> ValueError:
 
 
 def tensor(name: str, value: object, shape: str, dtypes: Sequence[torch.dtype] = FLOATS) -> Tensor:
-    """Check the type, the rank (letters of `shape`, e.g. "B D") and the dtype of one argument.
+    """Check the type, the rank (letters of `shape`, e.g. "B D" or, with any leading dimensions, "... B D") and the dtype.
 
     Raises:
         TypeError: not a tensor.
@@ -36,7 +36,9 @@ def tensor(name: str, value: object, shape: str, dtypes: Sequence[torch.dtype] =
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor [{shape.replace(' ', ', ')}], got {type(value).__name__}")
-    if value.layout != torch.strided or value.dim() != len(shape.split()):
+    own = shape.removeprefix("... ").split()
+    fits = value.dim() >= len(own) if shape.startswith("...") else value.dim() == len(own)
+    if value.layout != torch.strided or not fits:
         raise fail(name, f"a dense tensor of shape [{shape.replace(' ', ', ')}]", value)
     if value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -45,9 +47,23 @@ def tensor(name: str, value: object, shape: str, dtypes: Sequence[torch.dtype] =
 
 
 def size(name: str, value: Tensor, dim: int, expected: int, of: str) -> None:
-    """Check that one dimension has the size that another argument gives it."""
+    """Check that one dimension, counted from either end, has the size that another argument gives it."""
     if value.shape[dim] != expected:
-        raise fail(name, f"of size {expected} in dimension {dim} ({of})", value)
+        raise fail(name, f"of size {expected} in dimension {dim % value.dim()} ({of})", value)
+
+
+def leading(name: str, value: Tensor, own: int, expected: Sequence[int], other_name: str) -> None:
+    """Check that the dimensions before the last `own` are those of another argument: one problem for each."""
+    if value.shape[: value.dim() - own] != torch.Size(expected):
+        raise fail(name, f"of leading dimensions {list(expected)} like {other_name}", value)
+
+
+def per_row(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check one value `[..., B]` for each row of `other` `[..., B, D]`, or `[B]` for those of every problem."""
+    if value.dim() > 1:
+        leading(name, value, 1, other.shape[:-2], other_name)
+    like(name, value, other_name, other, dtype=False)
+    size(name, value, -1, other.shape[-2], f"the rows of {other_name}")
 
 
 def like(name: str, value: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:

@@ -1,9 +1,9 @@
 """What the losses against a memory bank share: one custom operator, blocks of rows, reductions.
 
-The loss of a row depends on that row's features only. So an operator returns, with the losses [B], their gradients
-d losses[i] / d features[i] as one [B, D] tensor: the backward is a product, neither logits nor bank are kept for it,
-and a bank updated in between cannot spoil it. With residual = d losses / d logits [B, N], that gradient is
-residual @ bank / temperature.
+The loss of a row depends on that row's features only. So an operator returns, with the losses [..., B], their gradients
+d losses[i] / d features[i] as one [..., B, D] tensor: the backward is a product, neither logits nor bank are kept for
+it, and a bank updated in between cannot spoil it. With residual = d losses / d logits [..., B, N], that gradient is
+residual @ bank / temperature. Leading dimensions count problems that share nothing but the call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.ops import _check, _native
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, check_precision, products
+from engine.ops._problems import places
 
 BLOCK_ENTRIES = 1 << 22
 """Logits held at a time: 16 MB of float32."""
@@ -27,10 +28,11 @@ RowOperator = Callable[[Tensor, Tensor, Tensor, float, bool, str], tuple[Tensor,
 
 def check(features: Tensor, bank: Tensor, temperature: float, reduction: str, precision: str) -> None:
     """Check the arguments that all losses against a bank have. Features and bank may differ in float dtype."""
-    _check.tensor("features", features, "B D")
-    _check.tensor("bank", bank, "N D")
+    _check.tensor("features", features, "... B D")
+    _check.tensor("bank", bank, "... N D")
+    _check.leading("bank", bank, 2, features.shape[:-2], "features")
     _check.like("bank", bank, "features", features, dtype=False)
-    _check.size("bank", bank, 1, features.shape[1], "the width of features")
+    _check.size("bank", bank, -1, features.shape[-1], "the width of features")
     _check.constant("bank", bank)
     _check.positive("temperature", temperature)
     _check.choice("reduction", reduction, REDUCTIONS)
@@ -38,18 +40,21 @@ def check(features: Tensor, bank: Tensor, temperature: float, reduction: str, pr
 
 
 def logits(features: Tensor, bank: Tensor, temperature: float, precision: str) -> Tensor:
-    """[B, N] inner products over the temperature, in float32 at least."""
+    """[..., B, N] inner products over the temperature, in float32 at least."""
     dtype = accumulation_dtype(features, bank)
     with products(features.device, precision):
-        return (features.to(dtype) / temperature) @ bank.to(dtype).T
+        return (features.to(dtype) / temperature) @ bank.to(dtype).mT
 
 
 def reduce(losses: Tensor, kept: Tensor, reduction: str) -> Tensor:
-    """The losses [B] of the `kept` rows [B] bool as they are, summed or averaged; rows left out are 0 already."""
+    """The losses [..., B] of the `kept` rows [..., B] bool as they are, or of each problem summed or averaged.
+
+    Rows left out are 0 already.
+    """
     if reduction == "none":
         return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / kept.sum().clamp_min(1)
+    total = losses.sum(dim=-1)
+    return total if reduction == "sum" else total / kept.sum(dim=-1).clamp_min(1)
 
 
 def in_blocks(
@@ -62,22 +67,23 @@ def in_blocks(
     with_gradient: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [B] and, when asked for, their gradients [B, D], without the [B, N] logits in memory.
+    """Losses [..., B] and, when asked for, their gradients [..., B, D], without the [B, N] logits in memory.
 
     Args:
         row_losses: (logits [b, N], target [b, ...]) -> losses [b].
         residual: (logits [b, N], target [b, ...]) -> d losses / d logits [b, N].
     """
     losses, gradient = _outputs(features, bank, target, temperature, with_gradient, precision)
-    bank = bank.to(losses.dtype)
-    block_rows = max(1, BLOCK_ENTRIES // max(1, bank.shape[0]))
-    for start in range(0, features.shape[0], block_rows):
-        rows = slice(start, start + block_rows)
-        scores = logits(features[rows], bank, temperature, precision)
-        losses[rows] = row_losses(scores, target[rows])
-        if with_gradient:
-            with products(features.device, precision):
-                torch.mm(residual(scores, target[rows]), bank, out=gradient[rows])
+    block_rows = max(1, BLOCK_ENTRIES // max(1, bank.shape[-2]))
+    for place in places(features):
+        own, others, wanted = features[place], bank[place].to(losses.dtype), target[place]
+        for start in range(0, own.shape[0], block_rows):
+            rows = slice(start, start + block_rows)
+            scores = logits(own[rows], others, temperature, precision)
+            losses[place][rows] = row_losses(scores, wanted[rows])
+            if with_gradient:
+                with products(features.device, precision):
+                    torch.mm(residual(scores, wanted[rows]), others, out=gradient[place][rows])
     return losses, gradient.div_(temperature)
 
 
@@ -85,32 +91,37 @@ def native(
     name: str,
     features: Tensor,
     bank: Tensor,
-    target: tuple[Any, ...],
+    target: Tensor,
+    address: Callable[[Tensor], tuple[int, ...]],
     sizes: tuple[int, ...],
     temperature: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [B] and, when asked for, their gradients [B, D], by the function `name` of engine._C.
+    """Losses [..., B] and, when asked for, their gradients [..., B, D], by the function `name` of engine._C.
 
     Args:
-        target: addresses of what the loss has beside features and bank.
+        target: what the loss has beside features and bank.
+        address: what the function takes of the target of a problem, contiguous.
         sizes: what the function takes beside the rows of features and bank.
     """
-    losses, gradient = _outputs(features, bank, bank, temperature, with_gradient, "ieee")
-    features, bank = features.to(losses.dtype).contiguous(), bank.contiguous()
-    _native.function(name, losses.dtype)(
-        features.data_ptr(),
-        *_native.rows(bank),
-        *target,
-        features.shape[0],
-        bank.shape[0],
-        *sizes,
-        features.shape[1],
-        temperature,
-        losses.data_ptr(),
-        gradient.data_ptr() if with_gradient else 0,
-        torch.get_num_threads(),
-    )
+    losses, gradient = _outputs(features, bank, target, temperature, with_gradient, "ieee")
+    features = features.to(losses.dtype).contiguous()
+    run, threads = _native.function(name, losses.dtype), torch.get_num_threads()
+    for place in places(features):
+        others, own = bank[place].contiguous(), target[place].contiguous()
+        run(
+            features[place].data_ptr(),
+            *_native.rows(others),
+            *address(own),
+            features.shape[-2],
+            others.shape[0],
+            *sizes,
+            features.shape[-1],
+            temperature,
+            losses[place].data_ptr(),
+            gradient[place].data_ptr() if with_gradient else 0,
+            threads,
+        )
     return losses, gradient
 
 
@@ -131,7 +142,7 @@ def row_operator(name: str) -> RowOperator:
 def losses_of(
     operator: RowOperator, features: Tensor, bank: Tensor, target: Tensor, temperature: float, precision: str
 ) -> Tensor:
-    """Losses [B] of a row operator, with the gradient prepared only where a backward can follow."""
+    """Losses [..., B] of a row operator, with the gradient prepared only where a backward can follow."""
     with_gradient = features.requires_grad and torch.is_grad_enabled()
     return operator(features, bank, target, float(temperature), with_gradient, precision)[0]
 
@@ -140,10 +151,10 @@ def _outputs(
     features: Tensor, bank: Tensor, target: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(features, bank)
-    row_count, width = features.shape
+    *problems, row_count, width = features.shape
     return (
-        features.new_empty(row_count, dtype=dtype),
-        features.new_empty(row_count if with_gradient else 0, width, dtype=dtype),
+        features.new_empty(*problems, row_count, dtype=dtype),
+        features.new_empty(*problems, row_count if with_gradient else 0, width, dtype=dtype),
     )
 
 
@@ -157,4 +168,4 @@ def _backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor | None, 
     if torch.is_grad_enabled():  # create_graph=True would take the gradient for a constant
         raise NotImplementedError("a loss against a memory bank has no second derivative: create_graph must be False")
     (gradient,) = ctx.saved_tensors
-    return (grad_losses.unsqueeze(1) * gradient).to(ctx.dtype), None, None, None, None, None
+    return (grad_losses.unsqueeze(-1) * gradient).to(ctx.dtype), None, None, None, None, None

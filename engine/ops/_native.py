@@ -19,6 +19,12 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     return getattr(_C, f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
+def address(values: Tensor) -> tuple[int]:
+    """Of a contiguous tensor, which must outlive the call."""
+    assert values.is_contiguous()
+    return (values.data_ptr(),)
+
+
 def rows(matrix: Tensor) -> tuple[int, int]:
     """Address and storage of a contiguous matrix of any float dtype, which must outlive the call."""
     assert matrix.is_contiguous()

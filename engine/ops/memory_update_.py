@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from engine.ops import _check, _cuda
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
+from engine.ops._problems import merge, places
 
 SEARCHED = 4096
 """Features of a batch up to which a GPU finds those of a label faster than it sorts them."""
@@ -22,10 +25,13 @@ def memory_update_(
     L2 norm when `normalize` (SALCR, after Eq. 3; FIRM Eq. 14 with `normalize=False`). Not for use inside a backward.
 
     Args:
-        bank: `[C, D]` float32, float16, bfloat16 or float64, changed in place; half types are rounded once, at the end.
-        features: `[B, D]` float, taken as given; no gradient is computed.
-        labels: `[B]` int64 in [-1, C); -1 is skipped.
-        momentum: the weight of the old row, in [0, 1]: a number, or `[B]` float with one weight per feature.
+        bank: `[..., C, D]` float32, float16, bfloat16 or float64, changed in place; half types are rounded once, at the
+            end. The dimensions before the last two, if any, count problems: banks that are updated together, each by
+            features of its own.
+        features: `[..., B, D]` float, taken as given; no gradient is computed.
+        labels: `[..., B]`, or `[B]` for all problems, int64 in [-1, C); -1 is skipped.
+        momentum: the weight of the old row, in [0, 1]: a number, or `[..., B]` or `[B]` float with one weight per
+            feature.
         normalize: divide each new row by its norm; a zero row stays zero.
 
     Returns:
@@ -41,16 +47,24 @@ def memory_update_(
         features = features.clone()  # rows of the bank itself, as they are before the update
     if features.dtype != dtype:
         features = features.to(dtype)
-    if isinstance(momentum, Tensor) and momentum.dtype != dtype:
-        momentum = momentum.to(dtype)
-    if bank.dtype == dtype and bank.is_contiguous():
-        return run(bank, features, labels, momentum, normalize=normalize)
+    labels = labels.expand(features.shape[:-1])
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(dtype).expand(features.shape[:-1])
+    banks = _as_they_lie(bank) if bank.dtype == dtype else None
+    if banks is not None:
+        weights = merge(momentum, 1) if isinstance(momentum, Tensor) else momentum
+        run(banks, merge(features, 2), merge(labels, 1), weights, normalize=normalize)
+        return bank
 
-    inside = (labels >= 0) & (labels < bank.shape[0])
-    touched, places = labels[inside].unique(return_inverse=True)
+    # The rows that are named, of whatever problem, become one bank.
+    row_count = bank.shape[-2]
+    inside = (labels >= 0) & (labels < row_count)
+    first = row_count * torch.arange(prod(bank.shape[:-2]), device=bank.device).view(*bank.shape[:-2], 1)
+    touched, names = (first + labels)[inside].unique(return_inverse=True)
+    where = torch.unravel_index(touched, bank.shape[:-1])
     weights = momentum[inside] if isinstance(momentum, Tensor) else momentum
-    rows = run(bank[touched].to(dtype), features[inside], places, weights, normalize=normalize)
-    return bank.index_copy_(0, touched, rows.to(bank.dtype))
+    rows = run(bank[where].to(dtype), features[inside], names, weights, normalize=normalize)
+    return bank.index_put_(where, rows.to(bank.dtype))
 
 
 @torch.no_grad()
@@ -58,6 +72,81 @@ def reference(
     bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True
 ) -> Tensor:
     """Labels are independent: the r-th feature of every label is blended at once, for r = 0, 1, ..."""
+    each = features.shape[:-1]
+    for place in places(bank):
+        weights = momentum.expand(each)[place] if isinstance(momentum, Tensor) else momentum
+        _blend(bank[place], features[place], labels.expand(each)[place], weights, normalize)
+    return bank
+
+
+def cpu(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True) -> Tensor:
+    """csrc/memory_update_.cpp: each row once through the cache, in batch order; threads over labels."""
+    from engine import _C
+
+    update = _C.memory_update_float64 if bank.dtype == torch.float64 else _C.memory_update_float32
+    features, labels = features.contiguous(), labels.contiguous()
+    each, shared = (momentum.contiguous(), 0.0) if isinstance(momentum, Tensor) else (None, momentum)
+    for place in places(bank):
+        update(
+            bank[place].data_ptr(),
+            features[place].data_ptr(),
+            labels[place].data_ptr(),
+            0 if each is None else each[place].data_ptr(),
+            shared,
+            bank.shape[-2],
+            features.shape[-2],
+            features.shape[-1],
+            normalize,
+            torch.get_num_threads(),
+        )
+    torch.autograd.graph.increment_version(bank)  # as every in-place operator of torch does
+    return bank
+
+
+def cuda(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True) -> Tensor:
+    """csrc/memory_update_.cu: a block per label of a problem carries its row through the batch."""
+    features, order = features.contiguous(), None
+    if labels.shape[-1] > SEARCHED:
+        labels, order = labels.sort(stable=True)
+    each, shared = (momentum.contiguous(), 0.0) if isinstance(momentum, Tensor) else (None, float(momentum))
+    sizes = bank.stride(0), bank.shape[-2], *features.shape[-2:]
+    arguments = (bank, features, labels.contiguous(), order, each, shared, *sizes, normalize)
+    _cuda.launch("memory_update_", "memory_update_kernel", labels.numel(), 256, arguments)
+    torch.autograd.graph.increment_version(bank)
+    return bank
+
+
+def _check_arguments(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor) -> None:
+    _check.tensor("bank", bank, "... C D")
+    if bank.requires_grad:
+        raise _check.fail("bank", "a tensor that requires no gradient", bank)
+    if bank.numel() and any(size > 1 and step == 0 for size, step in zip(bank.shape, bank.stride(), strict=True)):
+        raise _check.fail("bank", "a tensor whose entries have memory of their own, as a clone of it would be", bank)
+    _check.tensor("features", features, "... B D")
+    _check.leading("features", features, 2, bank.shape[:-2], "bank")
+    _check.like("features", features, "bank", bank, dtype=False)
+    _check.size("features", features, -1, bank.shape[-1], "the width of bank")
+    _check.indices("labels", labels, "... B")
+    _check.per_row("labels", labels, "features", features)
+    _check.in_range("labels", labels, bank.shape[-2])
+    if isinstance(momentum, Tensor):
+        _check.tensor("momentum", momentum, "... B")
+        _check.per_row("momentum", momentum, "features", features)
+    elif isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
+        raise _check.fail("momentum", "a number in [0, 1] or a tensor [B]", momentum)
+
+
+def _as_they_lie(bank: Tensor) -> Tensor | None:
+    """[P, C, D], a view of contiguous banks, or None where the rows do not lie so."""
+    try:
+        banks = bank.view(prod(bank.shape[:-2]), *bank.shape[-2:])
+    except RuntimeError:
+        return None
+    return banks if banks[:1].is_contiguous() else None
+
+
+def _blend(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, normalize: bool) -> None:
+    """One problem of the reference: [C, D], [B, D], [B] and a number or [B]."""
     kept = ((labels >= 0) & (labels < bank.shape[0])).nonzero().squeeze(1)
     occurrence = _occurrence(labels[kept])
     round_count = int(occurrence.max()) + 1 if kept.numel() else 0
@@ -69,62 +158,6 @@ def reference(
             norm = blended.norm(dim=1, keepdim=True)
             blended = blended / torch.where(norm > 0, norm, 1)
         bank[labels[rows]] = blended
-    return bank
-
-
-def cpu(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True) -> Tensor:
-    """csrc/memory_update_.cpp: each row once through the cache, in batch order; threads over labels."""
-    from engine import _C
-
-    update = _C.memory_update_float64 if bank.dtype == torch.float64 else _C.memory_update_float32
-    features, labels = features.contiguous(), labels.contiguous()
-    each, shared = (momentum.contiguous(), 0.0) if isinstance(momentum, Tensor) else (None, momentum)
-    update(
-        bank.data_ptr(),
-        features.data_ptr(),
-        labels.data_ptr(),
-        0 if each is None else each.data_ptr(),
-        shared,
-        bank.shape[0],
-        features.shape[0],
-        features.shape[1],
-        normalize,
-        torch.get_num_threads(),
-    )
-    torch.autograd.graph.increment_version(bank)  # as every in-place operator of torch does
-    return bank
-
-
-def cuda(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True) -> Tensor:
-    """csrc/memory_update_.cu: a block per label carries its row through the batch."""
-    features, order = features.contiguous(), None
-    if len(labels) > SEARCHED:
-        labels, order = labels.sort(stable=True)
-    each, shared = (momentum.contiguous(), 0.0) if isinstance(momentum, Tensor) else (None, float(momentum))
-    batch, width = features.shape
-    arguments = (bank, features, labels.contiguous(), order, each, shared, bank.shape[0], batch, width, normalize)
-    _cuda.launch("memory_update_", "memory_update_kernel", batch, 256, arguments)
-    torch.autograd.graph.increment_version(bank)
-    return bank
-
-
-def _check_arguments(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor) -> None:
-    _check.tensor("bank", bank, "C D")
-    if bank.requires_grad:
-        raise _check.fail("bank", "a tensor that requires no gradient", bank)
-    _check.tensor("features", features, "B D")
-    _check.like("features", features, "bank", bank, dtype=False)
-    _check.size("features", features, 1, bank.shape[1], "the width of bank")
-    _check.indices("labels", labels, "B")
-    _check.like("labels", labels, "bank", bank, dtype=False)
-    _check.size("labels", labels, 0, features.shape[0], "the rows of features")
-    _check.in_range("labels", labels, bank.shape[0])
-    if isinstance(momentum, Tensor):
-        _check.tensor("momentum", momentum, "B")
-        _check.like("momentum", momentum, "bank", bank, dtype=False)
-        _check.size("momentum", momentum, 0, features.shape[0], "the rows of features")
-    elif isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
-        raise _check.fail("momentum", "a number in [0, 1] or a tensor [B]", momentum)
 
 
 def _occurrence(labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from engine.ops import _check, _cuda, _native
 from engine.ops._backend import pick
 from engine.ops._neighbors import largest
 from engine.ops._precision import accumulation_dtype, check_precision, products
+from engine.ops._problems import places
 
 BLOCK_ENTRIES = 1 << 23
 """Similarities held at a time by the reference: 32 MB of float32."""
@@ -25,35 +26,45 @@ def topk(
     """The `k` largest inner products of every query with the rows of a bank, exact, without the [B, N] matrix.
 
     Args:
-        queries: `[B, D]` float32, float16, bfloat16 or float64; no gradient is computed.
-        bank: `[N, D]`, likewise.
+        queries: `[..., B, D]` float32, float16, bfloat16 or float64; no gradient is computed. The dimensions before the
+            last two, if any, count problems, each with its bank.
+        bank: `[..., N, D]`, likewise.
         k: how many; beyond the rows there are, the result is padded.
         exclude_self: row i of the bank is query i itself (B = N) and is no neighbour of it.
         precision: "ieee" = products to the rounding of float32; "fast" = on a GPU they may be TF32 or bfloat16.
 
     Returns:
-        values `[B, k]` in the inputs' common dtype and indices `[B, k]` int64, ordered by (similarity descending,
-        index ascending) as compared before rounding to a half type, padded with -inf and -1. NaN counts as the largest
-        similarity, as in `torch.topk`.
+        values `[..., B, k]` in the inputs' common dtype and indices `[..., B, k]` int64, ordered by (similarity
+        descending, index ascending) as compared before rounding to a half type, padded with -inf and -1. NaN counts as
+        the largest similarity, as in `torch.topk`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    _check.tensor("queries", queries, "B D")
-    _check.tensor("bank", bank, "N D")
+    _check.tensor("queries", queries, "... B D")
+    _check.tensor("bank", bank, "... N D")
+    _check.leading("bank", bank, 2, queries.shape[:-2], "queries")
     _check.like("bank", bank, "queries", queries, dtype=False)
-    _check.size("bank", bank, 1, queries.shape[1], "the width of queries")
+    _check.size("bank", bank, -1, queries.shape[-1], "the width of queries")
     _check.count("k", k)
     check_precision(precision)
     if exclude_self:
-        _check.size("queries", queries, 0, bank.shape[0], "the rows of bank, as exclude_self is set")
-    return pick("topk", queries, bank)(queries, bank, k, exclude_self=exclude_self, precision=precision)
+        _check.size("queries", queries, -2, bank.shape[-2], "the rows of bank, as exclude_self is set")
+    search, options = pick("topk", queries, bank), {"exclude_self": exclude_self, "precision": precision}
+    if queries.dim() == 2:
+        return search(queries, bank, k, **options)
+    values = queries.new_empty(*queries.shape[:-1], k, dtype=torch.promote_types(queries.dtype, bank.dtype))
+    indices = torch.empty_like(values, dtype=torch.int64)
+    for place in places(queries):
+        rows = queries[place]
+        values[place], indices[place] = search(rows, rows if queries is bank else bank[place], k, **options)
+    return values, indices
 
 
 def reference(
     queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False, precision: str = "ieee"
 ) -> tuple[Tensor, Tensor]:
-    """`torch.topk` of the similarities with a defined order among equals, in blocks of queries."""
+    """Of one problem: `torch.topk` of the similarities with a defined order among equals, in blocks of queries."""
     query_count, bank_count = queries.shape[0], bank.shape[0]
     dtype = accumulation_dtype(queries, bank)
     values = queries.new_full((query_count, k), -torch.inf, dtype=torch.promote_types(queries.dtype, bank.dtype))

@@ -116,15 +116,47 @@ def check_gradient(name: str, target: Tensor, bank: Tensor) -> None:
 
 def check_operator(name: str, target: Tensor, bank: Tensor) -> None:
     """The registered operator is what torch expects of one, and compiles without a graph break."""
-    features = unit_rows(target.shape[0], bank.shape[1], seed=3).requires_grad_()
+    features = unit_rows(target.shape[0], bank.shape[1], seed=3)
     operator = getattr(torch.ops.engine, name).default
-    torch.library.opcheck(operator, (features, bank, target, TEMPERATURE, True, "ieee"))
-    torch.library.opcheck(operator, (features.detach(), bank, target, TEMPERATURE, False, "fast"))
     loss = getattr(ops, name)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    eager = value_and_gradient(loss, features, bank, target, TEMPERATURE)
-    for actual, expected in zip(value_and_gradient(compiled, features, bank, target, TEMPERATURE), eager, strict=True):
-        torch.testing.assert_close(actual, expected)
+    problems = [value.expand(2, *value.shape) for value in (features, bank, target)]
+    for rows, *others in ([features, bank, target], problems):
+        torch.library.opcheck(operator, (rows.clone().requires_grad_(), *others, TEMPERATURE, True, "ieee"))
+        torch.library.opcheck(operator, (rows, *others, TEMPERATURE, False, "fast"))
+        eager = value_and_gradient(loss, rows, *others, TEMPERATURE)
+        for actual, expected in zip(value_and_gradient(compiled, rows, *others, TEMPERATURE), eager, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def check_problems(name: str, target: Tensor, bank: Tensor) -> None:
+    """Leading dimensions count problems, each with the loss and gradient that it has alone."""
+    generator = torch.Generator().manual_seed(5)
+    row_count, (bank_count, width) = target.shape[0], bank.shape
+    features = torch.randn(3, 2, row_count, width, generator=generator)
+    banks = torch.stack([bank[torch.randperm(bank_count, generator=generator)] for _ in range(6)])
+    banks = banks.view(2, 3, *bank.shape).transpose(0, 1)  # no view as one matrix after the other
+    targets = torch.stack([target.roll(shift, 0) for shift in range(6)]).unflatten(0, (3, 2))
+    loss, reference = getattr(ops, name), importlib.import_module(f"engine.ops.{name}").reference
+    for reduction in ("mean", "sum", "none"):
+
+        def of(function: Loss, *places: Any, reduction: str = reduction) -> tuple[Tensor, Tensor]:
+            parts = (value[places] for value in (features, banks, targets))
+            return value_and_gradient(function, *parts, TEMPERATURE, reduction=reduction)
+
+        value, gradient = of(loss)
+        assert value.shape == (3, 2) + (row_count,) * (reduction == "none") and gradient.shape == features.shape
+        for i in range(3):
+            for j in range(2):
+                for actual, alone in zip((value[i, j], gradient[i, j]), of(loss, i, j), strict=True):
+                    torch.testing.assert_close(actual, alone, rtol=1e-5, atol=1e-5)
+        for actual, expected in zip(of(reference), (value, gradient), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        for none in (slice(0), (slice(None), slice(0))):
+            value, gradient = of(loss, none) if none == slice(0) else of(loss, *none)
+            assert value.numel() == 0 and value.dim() == 2 + (reduction == "none") and gradient.numel() == 0
+    batch = features[0].double(), banks[0].double(), targets[0].double() if targets.is_floating_point() else targets[0]
+    assert torch.autograd.gradcheck(lambda rows: loss(rows, *batch[1:], 0.5), [batch[0].requires_grad_()])
 
 
 def check_autocast(name: str, target: Tensor, bank: Tensor) -> None:
@@ -143,7 +175,7 @@ def check_autocast(name: str, target: Tensor, bank: Tensor) -> None:
 def check_refusals(name: str, target: Tensor, bank: Tensor) -> None:
     loss = getattr(ops, name)
     features = unit_rows(target.shape[0], bank.shape[1], seed=3).requires_grad_()
-    with pytest.raises(TypeError, match=r"features must be a tensor \[B, D\], got list"):
+    with pytest.raises(TypeError, match=r"features must be a tensor \[\.\.\., B, D\], got list"):
         loss(features.tolist(), bank, target, TEMPERATURE)
     with pytest.raises(ValueError, match="bank must be of size"):
         loss(features, bank[:, 1:], target, TEMPERATURE)
@@ -153,6 +185,10 @@ def check_refusals(name: str, target: Tensor, bank: Tensor) -> None:
         loss(features, bank, target, TEMPERATURE, reduction="avg")
     with pytest.raises(ValueError, match="of size .* in dimension 0"):
         loss(features[1:], bank, target, TEMPERATURE)
+    with pytest.raises(ValueError, match=r"bank must be of leading dimensions \[3\] like features, got float32 \["):
+        loss(features.expand(3, -1, -1), bank, target, TEMPERATURE)
+    with pytest.raises(ValueError, match=r"must be of leading dimensions \[3\] like features"):
+        loss(features.expand(3, -1, -1), bank.expand(3, -1, -1), target.expand(1, *target.shape), TEMPERATURE)
     with pytest.raises(ValueError, match="bank must be a constant"):
         loss(features, bank.clone().requires_grad_(), target, TEMPERATURE)
     with pytest.raises(NotImplementedError, match="no second derivative"):

@@ -22,6 +22,8 @@ DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfl
 LAYOUTS = st.sampled_from(["contiguous", "transposed", "strided", "shifted"])
 REDUCTIONS = st.sampled_from(["mean", "sum", "none"])
 SEEDS = st.integers(0, 10_000)
+PROBLEMS = st.sampled_from([(), (), (), (1,), (3,), (2, 2), (0,), (2, 0)])
+"""Leading dimensions of operators that take batches of problems."""
 
 INT64 = torch.iinfo(torch.int64)
 WILD = (INT64.min, -(2**40), -3, -2, 2**31, 2**32, 2**40, 2**62, INT64.max - 1, INT64.max)
@@ -142,18 +144,23 @@ def normalized_exactly(*values: Values) -> bool:
     ) and all(float(value.tame.abs().max()) > 1e-9 for value in values if value.kind != "zero" and value.tame.numel())
 
 
+def draw_leading(draw: st.DrawFn, problems: tuple[int, ...]) -> tuple[int, ...]:
+    """Of what each problem has for itself, or all share."""
+    return problems if draw(st.booleans()) else ()
+
+
 @st.composite
 def contrast(draw: st.DrawFn, target: str) -> Call:
-    row_count, bank_count, width = draw(ROWS), draw(BANK_ROWS), draw(WIDTHS)
+    problems, row_count, bank_count, width = draw(PROBLEMS), draw(ROWS), draw(BANK_ROWS), draw(WIDTHS)
     dtype, bank_dtype = draw_dtypes(draw)
-    features = draw_rows(draw, row_count, width, dtype=dtype)
-    bank = draw_rows(draw, bank_count, width, dtype=bank_dtype)
+    features = draw_rows(draw, *problems, row_count, width, dtype=dtype)
+    bank = draw_rows(draw, *problems, bank_count, width, dtype=bank_dtype)
     if target == "labels":
-        about = draw_labels(draw, row_count, below=bank_count)
+        about = draw_labels(draw, *draw_leading(draw, problems), row_count, below=bank_count)
     elif target == "positives":
-        about = draw_labels(draw, row_count, draw(st.sampled_from([0, 1, 3, 17])), below=bank_count)
+        about = draw_labels(draw, *problems, row_count, draw(st.sampled_from([0, 1, 3, 17])), below=bank_count)
     else:
-        about = draw_rows(draw, row_count, bank_count, dtype=draw(DTYPES))
+        about = draw_rows(draw, *problems, row_count, bank_count, dtype=draw(DTYPES))
         about.tame = about.tame.abs().clamp(max=2.0)
         about.given = laid_out(about.tame, draw(LAYOUTS))
     temperature = draw(st.sampled_from([0.05, 1.0, 20]))
@@ -162,31 +169,32 @@ def contrast(draw: st.DrawFn, target: str) -> Call:
 
 @st.composite
 def memory_update_(draw: st.DrawFn) -> Call:
-    bank_rows, batch, width = draw(ROWS), draw(ROWS), draw(WIDTHS)
+    problems, bank_rows, batch, width = draw(PROBLEMS), draw(ROWS), draw(ROWS), draw(WIDTHS)
     dtype, features_dtype = draw_dtypes(draw)
     seed = draw(SEEDS)
-    bank = draw_rows(draw, bank_rows, width, dtype=dtype, seed=seed)
-    if bank_rows > 1 and bank.given.stride(0) == 0:
+    bank = draw_rows(draw, *problems, bank_rows, width, dtype=dtype, seed=seed)
+    if bank_rows > 1 and bank.given.stride(-2) == 0:
         bank.given = bank.tame.clone()  # nothing can be written to an expanded tensor
-    features = draw_rows(draw, batch, width, dtype=features_dtype, seed=seed + 1)
+    features = draw_rows(draw, *problems, batch, width, dtype=features_dtype, seed=seed + 1)
     momentum: Any = draw(st.sampled_from([0.0, 0.1, 0.9, 1, None]))
     if momentum is None:
-        weights = torch.rand(batch, generator=torch.Generator().manual_seed(seed)).to(features_dtype)
+        shape = *draw_leading(draw, problems), batch
+        weights = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(features_dtype)
         momentum = Values(laid_out(weights, draw(LAYOUTS)), weights, "normal")
-    labels = draw_labels(draw, batch, below=bank_rows)
+    labels = draw_labels(draw, *draw_leading(draw, problems), batch, below=bank_rows)
     return call(bank, features, labels, momentum, normalize=draw(st.booleans()))
 
 
 @st.composite
 def topk(draw: st.DrawFn) -> Call:
-    bank_count, width = draw(BANK_ROWS), draw(WIDTHS)
+    problems, bank_count, width = draw(PROBLEMS), draw(BANK_ROWS), draw(WIDTHS)
     dtype, bank_dtype = draw_dtypes(draw)
-    bank = draw_rows(draw, bank_count, width, dtype=bank_dtype)
+    bank = draw_rows(draw, *problems, bank_count, width, dtype=bank_dtype)
     exclude_self = draw(st.booleans())
     if draw(st.booleans()):
         queries = bank
     else:
-        queries = draw_rows(draw, bank_count if exclude_self else draw(ROWS), width, dtype=dtype)
+        queries = draw_rows(draw, *problems, bank_count if exclude_self else draw(ROWS), width, dtype=dtype)
     return call(queries, bank, draw(NEIGHBORS), exclude_self=exclude_self, exact=exact(queries, bank))
 
 

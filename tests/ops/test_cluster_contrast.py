@@ -51,6 +51,13 @@ def test_is_a_proper_operator_and_compiles():
     checks.check_operator("cluster_contrast", LABELS, BANK)
 
 
+def test_problems_have_the_losses_they_have_alone():
+    checks.check_problems("cluster_contrast", LABELS, BANK)
+    features, banks = torch.stack([checks.unit_rows(5, 7, seed) for seed in (3, 4)]), torch.stack([BANK, BANK.flip(0)])
+    one_for_all, one_each = (cluster_contrast(features, banks, labels, 0.1) for labels in (LABELS, LABELS.expand(2, 5)))
+    assert torch.equal(one_for_all, one_each)
+
+
 def test_is_the_same_under_autocast():
     checks.check_autocast("cluster_contrast", LABELS, BANK)
 

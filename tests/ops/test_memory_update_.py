@@ -185,6 +185,43 @@ def test_updates_a_strided_bank_in_place(backend):
     assert not storage[:, 1::2].any()
 
 
+def batch_of_problems(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of leading dimensions [3, 2], with labels beyond each bank."""
+    parts = zip(*(problem(5, 9, 20, seed, dtype) for seed in range(6)), strict=True)
+    bank, features, labels, momentum = (torch.stack(part).unflatten(0, (3, 2)) for part in parts)
+    labels[0, 0, :4] = torch.tensor([5, 6, -(2**63), 2**63 - 1])
+    return bank, features, labels, momentum
+
+
+LAYOUTS = {
+    "one after the other": lambda bank: bank.clone(),
+    "transposed": lambda bank: bank.transpose(0, 1).contiguous().transpose(0, 1),
+    "apart": lambda bank: torch.stack([bank, torch.zeros_like(bank)], dim=2)[:, :, 0],
+    "row by row": lambda bank: bank.movedim(2, 0).contiguous().movedim(0, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_problems_are_updated_as_each_is_alone(backend, layout, dtype):
+    bank, features, labels, momentum = batch_of_problems(dtype)
+    for label, weight in ((labels, momentum), (labels[0, 0], 0.3), (labels, momentum[0, 0])):
+        expected, together = bank.clone(), LAYOUTS[layout](bank)
+        for place in ((i, j) for i in range(3) for j in range(2)):
+            own = label if label.dim() == 1 else label[place]
+            each = weight[place] if isinstance(weight, Tensor) and weight.dim() > 1 else weight
+            memory_update_(expected[place], features[place], own, each)
+        assert memory_update_(together, features, label, weight) is together
+        assert torch.equal(together, expected)
+
+
+def test_no_problem_is_no_update(backend):
+    bank, features, labels, _ = batch_of_problems()
+    for none in (slice(0), (slice(None), slice(0))):
+        assert memory_update_(bank[none], features[none], labels[none], 0.1).numel() == 0
+        assert memory_update_(bank[none].half(), features[none], labels[none], 0.1).numel() == 0
+
+
 def test_rows_of_the_bank_itself_are_taken_as_they_were(backend):
     bank, _, _, _ = problem(4, 4, 6)
     labels = torch.tensor([1, 2, 3, 0])
@@ -230,6 +267,15 @@ def test_refuses_bad_arguments():
         memory_update_(bank, features, labels, 1.5)
     with pytest.raises(ValueError, match="momentum must be of size 3 in dimension 0"):
         memory_update_(bank, features, labels, momentum[1:])
+    with pytest.raises(
+        ValueError, match=r"features must be of leading dimensions \[2\] like bank, got float64 \[3, 6\]"
+    ):
+        memory_update_(torch.stack([bank, bank]), features, labels, 0.1)
+    for shared in (bank.expand(2, -1, -1), bank[:1].expand(4, -1)):
+        with pytest.raises(ValueError, match="bank must be a tensor whose entries have memory of their own"):
+            memory_update_(shared, features.expand(*shared.shape[:-2], -1, -1), labels, 0.1)
+    with pytest.raises(ValueError, match=r"labels must be of leading dimensions \[\] like features"):
+        memory_update_(bank, features, labels.expand(2, -1), 0.1)
     with pytest.raises(ValueError, match="labels must be of dtype int64"):
         memory_update_(bank, features, labels.int(), 0.1)
     with pytest.raises(ValueError, match="features must be of size 6 in dimension 1"):

@@ -43,6 +43,10 @@ def test_is_a_proper_operator_and_compiles():
     checks.check_operator("neighbor_contrast", POSITIVES, BANK)
 
 
+def test_problems_have_the_losses_they_have_alone():
+    checks.check_problems("neighbor_contrast", POSITIVES, BANK)
+
+
 def test_is_the_same_under_autocast():
     checks.check_autocast("neighbor_contrast", POSITIVES, BANK)
 

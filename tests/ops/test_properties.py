@@ -187,8 +187,8 @@ def in_budget(result: Tensor, plain: Tensor, truth: Tensor, floor: float) -> Non
 def judge_contrast(call: Call, result: Any, plain: Any, truth: Any) -> None:
     features, bank, target, temperature = call.tame
     most = longest(features) * longest(bank) / temperature  # logits and their logarithms of sums are of this size
-    weight = float(target.double().sum(1).max()) if target.is_floating_point() and target.numel() else 1.0
-    rows = len(features) if call.options["reduction"] == "sum" else 1
+    weight = float(target.double().sum(-1).max()) if target.is_floating_point() and target.numel() else 1.0
+    rows = features.shape[-2] if call.options["reduction"] == "sum" else 1
     floor = 16 * epsilon(features, bank) * (1 + weight) * (4 + most)
     in_budget(result[0], plain[0], truth[0], floor * rows)
     in_budget(result[1], plain[1], truth[1], floor * 3 * longest(bank) / temperature)
@@ -210,7 +210,8 @@ def judge_sum(call: Call, result: Any, plain: Any, truth: Any) -> None:
 
 def judge_memory_update_(call: Call, result: Tensor, plain: Tensor, truth: Tensor) -> None:
     bank, features, labels, _ = call.tame
-    untouched = torch.ones(len(bank), dtype=torch.bool).index_fill_(0, labels[labels >= 0], False)
+    named = labels.expand(features.shape[:-1]).unsqueeze(-1) == torch.arange(bank.shape[-2])
+    untouched = ~named.any(-2)
     assert torch.equal(result[untouched], bank[untouched])
     in_budget(result, plain, truth, 16 * epsilon(bank, features) * max(1.0, longest(truth)))
 
@@ -228,12 +229,12 @@ def judge_topk(call: Call, result: Any, plain: Any, truth: Any) -> None:
     if call.exact:
         assert torch.equal(indices, truth[1]) and torch.equal(values, truth[0].to(values.dtype))
         return
-    assert all(len(set(row)) == len(row) for row in (row[row >= 0].tolist() for row in indices))
+    assert all(len(set(row)) == len(row) for row in (row[row >= 0].tolist() for row in indices.flatten(0, -2)))
     if call.options["exclude_self"]:
-        assert not (indices == torch.arange(len(indices))[:, None]).any()
+        assert not (indices == torch.arange(queries.shape[-2])[:, None]).any()
     if found.any():
         floor = similarity_error(queries, bank)
-        claimed = (queries.double() @ bank.double().T).gather(1, indices.clamp(min=0))
+        claimed = (queries.double() @ bank.double().mT).gather(-1, indices.clamp(min=0))
         assert largest((claimed - truth[0])[found]) <= 2 * floor  # each place is taken by one that deserves it
         in_budget(values[found], plain[0][found], claimed[found], floor)
 

@@ -36,6 +36,10 @@ def test_is_a_proper_operator_and_compiles():
     checks.check_operator("soft_contrast", WEIGHTS, BANK)
 
 
+def test_problems_have_the_losses_they_have_alone():
+    checks.check_problems("soft_contrast", WEIGHTS, BANK)
+
+
 def test_is_the_same_under_autocast():
     checks.check_autocast("soft_contrast", WEIGHTS, BANK)
 

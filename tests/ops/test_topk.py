@@ -230,6 +230,21 @@ def test_native_converts_half_types_exactly(isa, dtype):
             assert all(map(torch.equal, topk_of(rows.float(), bank, 20), (values, indices)))
 
 
+def test_problems_have_the_neighbours_they_have_alone(backend):
+    queries, bank = (torch.stack([random_rows(count, 9, seed) for seed in range(6)]) for count in (4, 11))
+    queries, bank = queries.view(3, 2, 4, 9), bank.view(2, 3, 11, 9).transpose(0, 1)
+    for rows, exclude_self in ((queries, False), (bank, True)):
+        values, indices = topk_of(rows, bank, 5, exclude_self=exclude_self)
+        assert values.shape == indices.shape == (*rows.shape[:-1], 5)
+        for i in range(3):
+            for j in range(2):
+                one = rows[i, j]
+                alone = topk_of(one, one if rows is bank else bank[i, j], 5, exclude_self=exclude_self)
+                assert torch.equal(values[i, j], alone[0]) and torch.equal(indices[i, j], alone[1])
+    values, indices = topk_of(queries[:, :0], bank[:, :0].half(), 5)
+    assert values.shape == indices.shape == (3, 0, 4, 5) and values.dtype == torch.float32
+
+
 def test_carries_no_gradient():
     queries = random_rows(4, 8, 1).requires_grad_()
     assert not ops.topk(queries, random_rows(5, 8, 2), 2)[0].requires_grad
@@ -237,12 +252,16 @@ def test_carries_no_gradient():
 
 def test_refuses_bad_arguments():
     rows = random_rows(4, 8, 1)
-    with pytest.raises(TypeError, match=r"queries must be a tensor \[B, D\], got NoneType"):
+    with pytest.raises(TypeError, match=r"queries must be a tensor \[\.\.\., B, D\], got NoneType"):
         topk_of(None, rows, 1)
-    with pytest.raises(ValueError, match=r"bank must be a dense tensor of shape \[N, D\], got float32 \[8\]"):
+    with pytest.raises(ValueError, match=r"bank must be a dense tensor of shape \[\.\.\., N, D\], got float32 \[8\]"):
         topk_of(rows, rows[0], 1)
     with pytest.raises(ValueError, match="bank must be of size 8 in dimension 1"):
         topk_of(rows, rows[:, 1:], 1)
+    with pytest.raises(
+        ValueError, match=r"bank must be of leading dimensions \[\] like queries, got float32 \[2, 4, 8\]"
+    ):
+        topk_of(rows, rows.expand(2, -1, -1), 1)
     with pytest.raises(ValueError, match="k must be an integer of at least 0, got int -1"):
         topk_of(rows, rows, -1)
     with pytest.raises(ValueError, match=r"queries must be of size 3 .* as exclude_self is set"):
