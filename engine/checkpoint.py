@@ -74,10 +74,21 @@ def locate(run: str, name: str = "last") -> Path:
     return path
 
 
-def load_network(network: nn.Module, content: dict[str, Any]) -> None:
-    """The weights of a checkpoint, or a `UserError` when it is of another network."""
+def load_network(network: nn.Module, content: dict[str, Any], fresh: str = "") -> None:
+    """The weights of a checkpoint, or a `UserError` when it is of another network.
+
+    Args:
+        fresh: a part of the network that stays as it is, whether the checkpoint has it or not; "" = none.
+    """
+
+    def split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        kept = {name for name in state if fresh and name.startswith(f"{fresh}.")}
+        return {name: state[name] for name in kept}, {name: state[name] for name in state if name not in kept}
+
+    own, _ = split(network.state_dict())
+    _, loaded = split(content["network"])
     try:
-        network.load_state_dict(content["network"])
+        network.load_state_dict(own | loaded)
     except RuntimeError as error:
         raise UserError(
             f"the checkpoint is of another network (its model settings: {content['config'].get('model')}): "

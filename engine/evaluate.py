@@ -123,7 +123,7 @@ def evaluate_network(
         pixels: decoded `dataset.test`.
     """
     features = extract(network, pixels, config, device, mirror=True, progress="test images")
-    return evaluate(dataset, features, config.evaluate.cmfp_k)
+    return evaluate(dataset, features.whole, config.evaluate.cmfp_k)
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> list[Score]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,20 @@ from engine.data import transforms
 from engine.pair import Modality, Pair
 
 NAMES: dict[Modality, str] = {"vis": "visible", "ir": "infrared"}
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of all images of both modalities.
+
+    Attributes:
+        whole: `[N, D]` float32 unit rows per modality.
+        parts: `[N_p, N, D]` float32 unit rows per modality, each image's own queries on its own map; None where the
+            network gives none.
+    """
+
+    whole: Pair[Tensor]
+    parts: Pair[Tensor] | None = None
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[object]:
@@ -30,27 +45,35 @@ def extract(
     device: torch.device,
     *,
     mirror: bool = False,
+    stage: int = 0,
     progress: str = "",
-) -> Pair[Tensor]:
+) -> Features:
     """Unit-length features of all images, in evaluation mode, without augmentation.
 
     Args:
         network: called with `vis=` or `ir=` images; gives an `Output`.
         pixels: `[N, H, W, 3]` uint8 per modality.
-        mirror: average with the features of the mirrored images, and scale to unit length again.
+        mirror: average with the features of the mirrored images, and scale to unit length again; of whole images only.
+        stage: of the training; the network may give part features from the second one, 1, on.
         progress: label of the progress bars; empty = none.
 
     Returns:
-        `[N, D]` float32 on `device` per modality.
+        Features on `device`.
     """
     training = network.training
     network.eval()
     with autocast(config, device):
-        vis, ir = (
-            _extract(network, pixels[name], name, config.evaluate.batch, device, mirror, progress) for name in NAMES
+        found = Pair(
+            *(
+                _extract(network, pixels[name], name, config.evaluate.batch, device, mirror, stage, progress)
+                for name in NAMES
+            )
         )
     network.train(training)
-    return Pair(vis, ir)
+    whole, parts = found.map(lambda both: both[0]), found.map(lambda both: both[1])
+    if parts.vis is None or parts.ir is None:
+        return Features(whole)
+    return Features(whole, Pair(parts.vis, parts.ir))
 
 
 @torch.no_grad()
@@ -61,15 +84,20 @@ def _extract(
     batch: int,
     device: torch.device,
     mirror: bool,
+    stage: int,
     progress: str,
-) -> Tensor:
-    parts = []
+) -> tuple[Tensor, Tensor | None]:
+    """Features of whole images and, where the network gives them, of their parts."""
+    whole, parts = [], []
     title = f"{progress}, {NAMES[modality]}"
     for start in tqdm(range(0, len(pixels), batch), title, leave=False, disable=None if progress else True):
         block = torch.from_numpy(np.array(pixels[start : start + batch]))  # a copy: the file is mapped read-only
         images = transforms.normalize(block.to(device))
-        features = network(**{modality: images}).features
+        output = network(**{modality: images}, stage=stage)
+        features = output.features
         if mirror:
             features = F.normalize(features + network(**{modality: images.flip(3)}).features)
-        parts.append(features)
-    return torch.cat(parts)
+        whole.append(features)
+        if output.parts is not None:
+            parts.append(output.parts[:, 0, 0])
+    return torch.cat(whole), torch.cat(parts, dim=1) if parts else None

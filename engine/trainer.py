@@ -171,7 +171,9 @@ class Trainer:
         """The offline step at the start of an epoch: features, pseudo-labels, memories."""
         state = self.state
         with phases("extract"):
-            features = extract(self.network, self.pixels, self.config, self.device, progress="training images")
+            features = extract(
+                self.network, self.pixels, self.config, self.device, stage=stage, progress="training images"
+            )
         labels = self.method.label(features, stage, phases)
         state.labels_kept = 0 in labels.counts
         if state.labels_kept:
@@ -199,7 +201,7 @@ class Trainer:
         bar = tqdm(batches, title, settings.iterations, initial=state.step, leave=False, disable=None, unit="step")
         self.network.train()
         for batch in bar:
-            terms = self._step(batch)
+            terms = self._step(batch, stage)
             for name, value in terms.items():
                 state.totals[name] = state.totals.get(name, torch.zeros((), device=self.device)) + value
             state.step += 1
@@ -207,13 +209,13 @@ class Trainer:
             if every and state.step % every == 0 and state.step < settings.iterations:
                 self._save("last.pt")
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
+    def _step(self, batch: Batch, stage: int) -> dict[str, Tensor]:
         """One optimiser step and the update of the memories; returns the loss terms."""
         parts = batch.split(self.config.train.accumulate)
         outputs: list[Output] = []
         sums: dict[str, Tensor] = {}
         for part in parts:
-            output = self._forward(vis=part.vis, aug=part.aug, ir=part.ir)
+            output = self._forward(stage, vis=part.vis, aug=part.aug, ir=part.ir)
             terms = self.method.losses(output, part, self.state.memories)
             for name, term in terms.items():
                 _assert_finite(term, name)
@@ -221,7 +223,7 @@ class Trainer:
             self.scaler.scale(torch.stack(list(terms.values())).sum() / len(parts)).backward()
             outputs.append(output)
         self._descend()
-        self.method.update(_join(outputs), batch, self.state.memories)
+        self.method.update(Output.join(outputs), batch, self.state.memories)
         return sums
 
     def _warm_up(self) -> None:
@@ -236,7 +238,7 @@ class Trainer:
         self.network.train()
         bar = tqdm(loader.views(plan), "warm-up", settings.iterations, leave=False, disable=None, unit="step")
         for vis, aug, first, second in bar:
-            features = self._forward(vis=vis, aug=aug, ir=torch.cat([first, second])).features
+            features = self._forward(0, vis=vis, aug=aug, ir=torch.cat([first, second])).features
             views = features.split([len(vis), len(aug), len(first), len(second)])
             loss = instance_contrast(views[0], views[1], settings.temperature)
             loss = loss + instance_contrast(views[2], views[3], settings.temperature)
@@ -249,11 +251,11 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward(self, **images: Tensor) -> Output:
+    def _forward(self, stage: int, **images: Tensor) -> Output:
         if self.config.train.channels_last:
             images = {name: x.contiguous(memory_format=torch.channels_last) for name, x in images.items()}
         with autocast(self.config, self.device):
-            return self.forward(**images)
+            return self.forward(**images, stage=stage)
 
     def _scores(self) -> list[Score]:
         assert self.test_pixels is not None
@@ -293,7 +295,7 @@ class Trainer:
             "step": state.step,
             "labels": _plain_labels(state.labels),
             "labels_kept": state.labels_kept,
-            "memories": state.memories,
+            "memories": state.memories if state.step else {},  # an epoch begins with fresh ones
             "totals": state.totals,
             "milestones": [[label, [asdict(score) for score in scores]] for label, scores in state.milestones],
             "best": state.best and [state.best[0], [asdict(score) for score in state.best[1]]],
@@ -334,7 +336,7 @@ class Trainer:
     def _start_from(self, source: str) -> None:
         """Take over a network that finished some stages, and begin after them."""
         content = checkpoint.load(checkpoint.locate(source, "stage1"))
-        checkpoint.load_network(self.network, content)
+        checkpoint.load_network(self.network, content, fresh="parts")  # stage 1 trains none
         done, ends = content["epoch"], np.cumsum([stage.epochs for stage in self.config.train.stages])
         if done not in ends[:-1] or content["step"]:
             raise UserError(
@@ -372,17 +374,6 @@ def _plan(labels: Labels, settings: Stage, rng: np.random.RandomState) -> Iterat
     if labels.cross is None:
         return sampler.independent_batches(own, **shape)
     return sampler.paired_batches(own, labels.cross.map(lambda part: part.cpu().numpy()), **shape)
-
-
-def _join(outputs: list[Output]) -> Output:
-    """Rows of micro-batches [vis; aug; ir] -> the rows of the whole batch in the same order, without gradient."""
-    if len(outputs) == 1:
-        return outputs[0]
-    maps, features = (
-        torch.cat([torch.cat(kind) for kind in zip(*(x.detach().chunk(3) for x in parts), strict=True)])
-        for parts in ([output.map for output in outputs], [output.features for output in outputs])
-    )
-    return Output(maps, features)
 
 
 def _assert_finite(term: Tensor, name: str) -> None:

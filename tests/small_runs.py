@@ -23,7 +23,7 @@ train:
     - {epochs: 2, iterations: 3, labels: 2, images: 2}
 evaluate: {every: 1, batch: 64, cmfp_k: 3}
 method: {name: salcr}
-salcr: {cmfp: {k: 4}}
+salcr: {cmfp: {k: 4}, gpcr: {k: 4}}
 """
 
 

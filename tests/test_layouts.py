@@ -49,7 +49,8 @@ def test_a_tree_of_each_layout_trains_and_scores(name, request, tmp_path):
     rows = run(name, request.getfixturevalue(f"{name}_tree"), tmp_path).run()
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in metrics] == [1, 2]
-    assert set(metrics[1]["losses"]) == {"dagl.vis", "dagl.ir"}
+    modules = {"dagl.vis", "dagl.ir", "fgsal.vis", "fgsal.ir", "gpcr.global", "gpcr.part"}
+    assert set(metrics[1]["losses"]) == modules
     plain = [score["protocol"] for score in metrics[1]["scores"] if not score["rerank"]]
     assert plain == PROTOCOLS[name]
     assert all(0 <= value <= 100 for _, score in rows for value in score.values.values())
@@ -85,20 +86,22 @@ def test_one_empty_modality_is_named(tmp_path, sysu_tree):
         run("sysu", root, tmp_path)
 
 
-@pytest.mark.parametrize("method", ["dcl", "salcr"])
-def test_losses_of_a_short_run_stay_as_they_were(method, sysu_tree, tmp_path):
+@pytest.mark.parametrize(("method", "reading"), [("dcl", ""), ("salcr", "released"), ("salcr", "paper")])
+def test_losses_of_a_short_run_stay_as_they_were(method, reading, sysu_tree, tmp_path):
     """A pure refactor leaves these alone. After a wanted change: ENGINE_WRITE_GOLDEN=1 pytest tests/test_layouts.py
 
     A small learning rate keeps the rounding of another processor from growing: back ends differ by 1e-6 in these losses.
     """
-    loaded = settings(sysu_tree, tmp_path / "cache", f"method.name={method}", "optim.lr=1e-4")
+    chosen = [f"method.name={method}", "optim.lr=1e-4", *([f"salcr.reading={reading}"] if reading else [])]
+    loaded = settings(sysu_tree, tmp_path / "cache", *chosen)
     Trainer(loaded, tmp_path / "run").run()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["losses"] for row in rows]
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    name = f"{method} {reading}".strip()
     if os.environ.get("ENGINE_WRITE_GOLDEN") == "1":
-        GOLDEN.write_text(json.dumps(golden | {method: losses}, indent=1) + "\n")
+        GOLDEN.write_text(json.dumps(golden | {name: losses}, indent=1) + "\n")
         return
-    for found, expected in zip(losses, golden[method], strict=True):
+    for found, expected in zip(losses, golden[name], strict=True):
         assert found.keys() == expected.keys()
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)

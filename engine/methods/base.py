@@ -11,8 +11,9 @@ from engine import memory, ops
 from engine.cluster import Labels, cluster
 from engine.config import Config
 from engine.data.loader import Batch
+from engine.features import Features
 from engine.model.network import Network, Output
-from engine.pair import Modality, Pair
+from engine.pair import Modality
 from engine.phases import Phases
 
 
@@ -35,20 +36,20 @@ class Method:
         """The network, on the CPU."""
         return Network(self.config.model)
 
-    def label(self, features: Pair[Tensor], stage: int, phases: Phases) -> Labels:
+    def label(self, features: Features, stage: int, phases: Phases) -> Labels:
         """Pseudo-labels for one epoch.
 
         Args:
-            features: `[N, D]` unit rows of all training images per modality.
+            features: of all training images.
             stage: 0 for the first entry of `train.stages`, and so on.
             phases: `with phases("associate"):` counts the seconds of a part for the log.
         """
         with phases("cluster"):
-            return cluster(features, self.config.cluster)
+            return cluster(features.whole, self.config.cluster)
 
-    def memories(self, features: Pair[Tensor], labels: Labels) -> dict[str, Tensor]:
+    def memories(self, features: Features, labels: Labels) -> dict[str, Tensor]:
         """Fresh memory banks for the epoch, by name; DCL has one per modality, `[clusters, D]`."""
-        banks = features.map(memory.cluster_memory, labels.clusters, labels.counts)
+        banks = features.whole.map(memory.cluster_memory, labels.clusters, labels.counts)
         return {"vis": banks.vis, "ir": banks.ir}
 
     def losses(self, output: Output, batch: Batch, memories: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The baseline network: two-stream backbone, GeM pooling, BN neck."""
+"""The network: two-stream backbone, GeM pooling, BN neck, and where a method wants them, part features."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from engine import config
 from engine.errors import UserError
 from engine.model.backbone import ARCHITECTURES, TwoStreamResNet
 from engine.model.norm import BatchNorm1d, set_groups
+from engine.model.parts import PartHead
 from engine.model.pooling import GeM
 from engine.model.weights import load_imagenet
 
@@ -23,16 +24,37 @@ class Output:
     Attributes:
         map: `[B, D, h, w]` feature map of the backbone.
         features: `[B, D]` float32 L2-normalised features behind the BN neck.
+        parts: `[N_p, Q, M, s, D]` float32 L2-normalised part features by part, kind of the query, kind of the map and image
+            (`engine.model.parts`), or None.
     """
 
     map: Tensor
     features: Tensor
+    parts: Tensor | None = None
+
+    @staticmethod
+    def join(outputs: list[Output]) -> Output:
+        """Rows of micro-batches [vis; aug; ir] -> those of the whole batch in the same order, without gradient."""
+        if len(outputs) == 1:
+            return outputs[0]
+        maps, features = (
+            torch.cat([torch.cat(kind) for kind in zip(*(x.detach().chunk(3) for x in rows), strict=True)])
+            for rows in ([output.map for output in outputs], [output.features for output in outputs])
+        )
+        parts = [output.parts.detach() for output in outputs if output.parts is not None]
+        return Output(maps, features, torch.cat(parts, dim=3) if parts else None)
 
 
 class Network(nn.Module):
-    """Images of either modality -> feature map and unit-length global features (SALCR, sec. 3.2)."""
+    """Images of either modality -> feature map and unit-length global features (SALCR, sec. 3.2).
 
-    def __init__(self, settings: config.Model) -> None:
+    Args:
+        settings: the `model` section.
+        parts: number of part features from stage 2 on; 0 = none.
+        uneven_parts: see `PartHead`.
+    """
+
+    def __init__(self, settings: config.Model, parts: int = 0, uneven_parts: bool = False) -> None:
         super().__init__()
         architecture = ARCHITECTURES[settings.backbone]
         self.backbone = TwoStreamResNet(architecture)
@@ -43,9 +65,16 @@ class Network(nn.Module):
         self.groups = 1
         if settings.weights != "none":
             load_imagenet(self.backbone, settings.backbone, settings.weights, settings.download)
+        # Last, so that the rest starts as it does without: one stage 1 serves them both.
+        self.parts = PartHead(architecture.channels, parts, uneven_parts) if parts else None
 
-    def forward(self, vis: Tensor | None = None, aug: Tensor | None = None, ir: Tensor | None = None) -> Output:
+    def forward(
+        self, vis: Tensor | None = None, aug: Tensor | None = None, ir: Tensor | None = None, *, stage: int = 0
+    ) -> Output:
         """Float images `[B, 3, H, W]` of each kind that is given -> `Output` with their rows in this order.
+
+        From `stage` 1 on, the second one, there are part features, where the network has them: of one kind alone, each
+        image's queries on its own map; of all three, those of the i-th images of the three on each other's maps.
 
         In training with `model.bn_group = n`, groups of n images share BatchNorm statistics. A group is what one
         of several devices would see: the same part of each kind of image.
@@ -63,19 +92,22 @@ class Network(nn.Module):
             self.groups = groups
         stems = {stem: _interleave(images, groups) for stem, images in streams.items()}
         if groups == 1:
-            return self._embed(self.backbone(stems))
+            return self._embed(self.backbone(stems), len(sizes), stage)
         # Each stem sees its images group after group; between stems and shared layers their rows are interleaved too.
         rows = list(torch.arange(sum(sizes), device=stems["vis" if "vis" in stems else "ir"].device).split(sizes))
         counts = [len(images) for images in streams.values()]
         seen = torch.cat([_interleave(rows[sum(counts[:i]) :][:count], groups) for i, count in enumerate(counts)])
         grouped = _interleave(rows, groups)
-        output = self._embed(self.backbone(stems, seen.argsort()[grouped]))
-        back = grouped.argsort()
-        return Output(output.map[back], output.features[back])
+        return self._embed(self.backbone(stems, seen.argsort()[grouped]), len(sizes), stage, grouped.argsort())
 
-    def _embed(self, features: Tensor) -> Output:
-        with torch.autocast(features.device.type, enabled=False):
-            return Output(features, F.normalize(self.neck(self.pool(features))))
+    def _embed(self, maps: Tensor, kinds: int, stage: int, back: Tensor | None = None) -> Output:
+        """Features of maps whose rows `back` puts in order, where they are not."""
+        with torch.autocast(maps.device.type, enabled=False):
+            features = F.normalize(self.neck(self.pool(maps)))
+            if back is not None:
+                maps, features = maps[back], features[back]
+            parts = self.parts(maps, kinds) if self.parts is not None and stage > 0 else None
+            return Output(maps, features, parts)
 
     def _group_count(self, sizes: list[int]) -> int:
         total = sum(sizes)
