@@ -1,6 +1,7 @@
 """What the losses against a memory bank share on the GPU.
 
-The bank is taken in chunks that stay in the second-level cache while they are read twice. Of a chunk,
+The bank is taken in chunks that stay in the second-level cache while they are read twice; of a batch of problems, the
+same chunk of each at once. Of a chunk,
 
 1. `_score_kernel` computes tiles of scores s_ij = f_i . m_j / t, and per tile and row their maximum and the sum of
    e^(s - maximum); where a gradient is asked for it leaves e^(s - maximum) in a buffer [B, chunk];
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.ops._backend import interpreted
+from engine.ops._problems import merge
 
 CHUNK_ROWS = 4096
 """Rows of the bank between two passes: 32 MB of float32 at a width of 2048."""
@@ -44,6 +46,7 @@ def _score_kernel(
     row_count,
     bank_count,
     width,
+    bank_stride,
     first,
     inverse_temperature,
     WITH_TERMS: tl.constexpr,
@@ -55,7 +58,9 @@ def _score_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    i_tile = tl.program_id(0)
+    i_tile, i_problem = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    features_p += i_problem * row_count * width
+    bank_p += i_problem * bank_stride
     o_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_local = i_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     o_columns = first + o_local.to(tl.int64)
@@ -76,8 +81,9 @@ def _score_kernel(
             b_features, b_bank = b_features.to(tl.float32), b_bank.to(tl.float32)
         scores = tl.dot(b_features, b_bank, scores, input_precision=PRECISION)
     scores *= inverse_temperature
-    o_partial = i_tile * row_count + o_rows
+    o_partial = (i_problem * (CHUNK // BLOCK_COLUMNS) + i_tile) * row_count + o_rows
     if WITH_WEIGHTS:
+        weights_p += i_problem * row_count * bank_count
         b_weights = tl.load(
             weights_p + o_rows[:, None] * bank_count + o_columns[None, :],
             mask=m_rows[:, None] & m_columns[None, :],
@@ -90,6 +96,7 @@ def _score_kernel(
     tl.store(largest_p + o_partial, largest, mask=m_rows)
     tl.store(sums_p + o_partial, tl.sum(terms, axis=1), mask=m_rows)
     if WITH_TERMS:
+        terms_p += i_problem * row_count * CHUNK
         tl.store(terms_p + o_rows[:, None] * CHUNK + o_local[None, :], terms, mask=m_rows[:, None])
 
 
@@ -102,8 +109,15 @@ def _merge_kernel(
     rescale_p,
     row_count,
     tile_count,
+    MOST_TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
+    i_problem = tl.program_id(1).to(tl.int64)
+    tile_largest_p += i_problem * MOST_TILES * row_count
+    tile_sums_p += i_problem * MOST_TILES * row_count
+    largest_p += i_problem * row_count
+    sums_p += i_problem * row_count
+    rescale_p += i_problem * row_count
     o_rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m_rows = o_rows < row_count
     before = tl.load(largest_p + o_rows, mask=m_rows, other=0.0)
@@ -133,6 +147,7 @@ def _spread_kernel(
     row_count,
     bank_count,
     width,
+    bank_stride,
     first,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -141,6 +156,12 @@ def _spread_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
+    i_problem = tl.program_id(2).to(tl.int64)
+    terms_p += i_problem * row_count * CHUNK
+    shares_p += i_problem * (CHUNK // TILE) * row_count
+    rescale_p += i_problem * row_count
+    bank_p += i_problem * bank_stride
+    gradient_p += i_problem * row_count * width
     o_width = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     o_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m_width, m_rows = o_width < width, o_rows < row_count
@@ -166,18 +187,24 @@ def _spread_kernel(
 
 @dataclass(frozen=True)
 class Softmax:
-    """Per row of a block: the largest score, the sum of e^(s - largest), and, where asked for, sum_j e^(s_ij - largest_i) m_j.
+    """Per row: the largest score, the sum of e^(s - largest), and, where asked for, sum_j e^(s_ij - largest_i) m_j.
 
     Attributes:
-        largest, sums: `[B]` float32.
-        gathered: `[B, D]` float32, or None.
-        products: `[B]` float32 sum_j w_ij s_ij where weights were given, or None.
+        largest, sums: `[P, B]` float32.
+        gathered: `[P, B, D]` float32, or None.
+        products: `[P, B]` float32 sum_j w_ij s_ij where weights were given, or None.
     """
 
     largest: Tensor
     sums: Tensor
     gathered: Tensor | None
     products: Tensor | None
+
+
+def problems(features: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous features [P, B, D], and [P, N, D] banks, each contiguous: where they lie, if they lie so."""
+    bank = merge(bank, 2)
+    return merge(features, 2).contiguous(), bank if bank[:1].is_contiguous() else bank.contiguous()
 
 
 def softmax_of(
@@ -189,20 +216,24 @@ def softmax_of(
     weights: Tensor | None = None,
     precision: str,
 ) -> Softmax:
-    """One pass over the bank. `gathered` `[B, D]` float32 zeros receives the sums of bank rows; None leaves them out."""
-    (row_count, width), bank_count = features.shape, bank.shape[0]
+    """One pass over the bank of every problem, as `problems` returns them, with weights `[P, B, N]` contiguous.
+
+    `gathered` `[P, B, D]` float32 zeros receives the sums of bank rows; None leaves them out.
+    """
+    (problem_count, row_count, width), bank_count = features.shape, bank.shape[1]
     row_blocks = triton.cdiv(row_count, BLOCK_ROWS)
     tile_count = CHUNK_ROWS // TILE_COLUMNS
-    largest, sums, rescale = features.new_empty(3, row_count, dtype=torch.float32)
+    largest, sums, rescale = features.new_empty(3, problem_count, row_count, dtype=torch.float32)
     largest.fill_(-torch.inf)
     sums.zero_()
-    partial = features.new_empty(3, tile_count, row_count, dtype=torch.float32)
-    terms = features.new_empty(row_count, CHUNK_ROWS if gathered is not None else 0, dtype=torch.float32)
-    products = None if weights is None else features.new_zeros(row_count, dtype=torch.float32)
+    partial = features.new_empty(3, problem_count, tile_count, row_count, dtype=torch.float32)
+    term_columns = CHUNK_ROWS if gathered is not None else 0
+    terms = features.new_empty(problem_count, row_count, term_columns, dtype=torch.float32)
+    products = None if weights is None else torch.zeros_like(sums)
     dot = {"ieee": "tf32x3", "fast": "tf32"}[precision]
     for first in range(0, bank_count, CHUNK_ROWS):
         tiles = triton.cdiv(min(CHUNK_ROWS, bank_count - first), TILE_COLUMNS)
-        _score_kernel[(tiles, row_blocks)](
+        _score_kernel[(tiles, row_blocks, problem_count)](
             features,
             bank,
             weights,
@@ -213,6 +244,7 @@ def softmax_of(
             row_count,
             bank_count,
             width,
+            bank.stride(0),
             first,
             1 / temperature,
             WITH_TERMS=gathered is not None,
@@ -226,12 +258,21 @@ def softmax_of(
             num_warps=8,
         )
         if products is not None:
-            products += partial[2, :tiles].sum(dim=0)
-        _merge_kernel[(triton.cdiv(row_count, 32),)](
-            partial[0], partial[1], largest, sums, rescale, row_count, tiles, BLOCK_ROWS=32, num_warps=1
+            products += partial[2, :, :tiles].sum(dim=1)
+        _merge_kernel[(triton.cdiv(row_count, 32), problem_count)](
+            partial[0],
+            partial[1],
+            largest,
+            sums,
+            rescale,
+            row_count,
+            tiles,
+            MOST_TILES=tile_count,
+            BLOCK_ROWS=32,
+            num_warps=1,
         )
         if gathered is not None:
-            _spread_kernel[(triton.cdiv(width, 64), row_blocks)](
+            _spread_kernel[(triton.cdiv(width, 64), row_blocks, problem_count)](
                 terms,
                 partial[0],
                 rescale,
@@ -240,6 +281,7 @@ def softmax_of(
                 row_count,
                 bank_count,
                 width,
+                bank.stride(0),
                 first,
                 PRECISION=dot,
                 CHUNK=CHUNK_ROWS,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels._contrast import softmax_of
+from engine.kernels._contrast import problems, softmax_of
 
 
 @triton.jit
@@ -20,16 +20,19 @@ def _positives_kernel(
     sums_p,
     gradient_p,
     losses_p,
+    row_count,
     bank_count,
     width,
+    bank_stride,
     set_size,
     inverse_temperature,
     WITH_GRADIENT: tl.constexpr,
     BLOCK_SET: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """One row: the scores of its positives, its loss, and what they take from its gradient."""
+    """One row of a problem: the scores of its positives, its loss, and what they take from its gradient."""
     row = tl.program_id(0).to(tl.int64)
+    bank_p += (tl.program_id(0) // row_count).to(tl.int64) * bank_stride
     positives_p += row * set_size
     scores_p += row * set_size
     most = tl.full([], float("-inf"), dtype=tl.float32)
@@ -84,26 +87,28 @@ def _positives_kernel(
 def neighbor_contrast(
     features: Tensor, bank: Tensor, positives: Tensor, temperature: float, with_gradient: bool, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Losses [B] and, when asked for, their gradients [B, D], float32."""
-    features, bank, positives = features.contiguous(), bank.contiguous(), positives.contiguous()
-    (row_count, width), set_size = features.shape, positives.shape[1]
-    losses = features.new_empty(row_count, dtype=torch.float32)
-    gradient = features.new_zeros(row_count if with_gradient else 0, width, dtype=torch.float32)
-    if row_count == 0:
+    """Losses [..., B] and, when asked for, their gradients [..., B, D], float32."""
+    (*leading, row_count, width), set_size = features.shape, positives.shape[-1]
+    losses = features.new_empty(*leading, row_count, dtype=torch.float32)
+    gradient = features.new_zeros(*leading, row_count if with_gradient else 0, width, dtype=torch.float32)
+    if losses.numel() == 0:
         return losses, gradient
-    gathered = gradient if with_gradient else None
+    (features, bank), positives = problems(features, bank), positives.contiguous()
+    gathered = gradient.view(features.shape) if with_gradient else None
     softmax = softmax_of(features, bank, temperature, gathered=gathered, precision=precision)
-    _positives_kernel[(row_count,)](
+    _positives_kernel[(losses.numel(),)](
         features,
         bank,
         positives,
-        features.new_empty(row_count, set_size, dtype=torch.float32),
+        torch.empty_like(positives, dtype=torch.float32),
         softmax.largest,
         softmax.sums,
         gradient,
         losses,
-        bank.shape[0],
+        row_count,
+        bank.shape[1],
         width,
+        bank.stride(0),
         set_size,
         1 / temperature,
         WITH_GRADIENT=with_gradient,

@@ -51,6 +51,14 @@ def test_stays_in_the_error_budget(name, row_count, bank_count, width, dtype):
 
 
 @pytest.mark.parametrize("name", ["cluster_contrast", "neighbor_contrast", "soft_contrast"])
+def test_problems_have_the_losses_they_have_alone(name, monkeypatch):
+    """In two chunks of two tiles."""
+    monkeypatch.setattr(importlib.import_module("engine.kernels._contrast"), "CHUNK_ROWS", 256)
+    with use_backend("triton"):
+        checks.check_problems(name, target_of(name, 5, 300), checks.unit_rows(300, 7, seed=2), ("mean",))
+
+
+@pytest.mark.parametrize("name", ["cluster_contrast", "neighbor_contrast", "soft_contrast"])
 def test_extremes_are_neither_lost_nor_spread(name):
     target = target_of(name, 5, 8)
     target[1] = 1  # the row that is spoiled has a target

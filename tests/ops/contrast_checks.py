@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -108,10 +109,13 @@ def check_extremes(name: str, target: Tensor, bank: Tensor) -> None:
 
 
 def check_gradient(name: str, target: Tensor, bank: Tensor) -> None:
-    features = unit_rows(target.shape[0], bank.shape[1], seed=3, dtype=torch.float64).requires_grad_()
+    features = unit_rows(target.shape[0], bank.shape[1], seed=3, dtype=torch.float64)
+    arguments = features, bank, target
     loss = getattr(ops, name)
-    for reduction in ("mean", "none"):
-        assert torch.autograd.gradcheck(lambda f: loss(f, bank, target, 0.5, reduction=reduction), [features])  # noqa: B023
+    for rows, *others in (arguments, [torch.stack([value, value.flip(0)]) for value in arguments]):
+        for reduction in ("mean", "none"):
+            function = partial(loss, reduction=reduction)
+            assert torch.autograd.gradcheck(lambda f: function(f, *others, 0.5), [rows.clone().requires_grad_()])  # noqa: B023
 
 
 def check_operator(name: str, target: Tensor, bank: Tensor) -> None:
@@ -129,34 +133,32 @@ def check_operator(name: str, target: Tensor, bank: Tensor) -> None:
             torch.testing.assert_close(actual, expected)
 
 
-def check_problems(name: str, target: Tensor, bank: Tensor) -> None:
+def check_problems(name: str, target: Tensor, bank: Tensor, reductions: tuple[str, ...] = _contrast.REDUCTIONS) -> None:
     """Leading dimensions count problems, each with the loss and gradient that it has alone."""
     generator = torch.Generator().manual_seed(5)
     row_count, (bank_count, width) = target.shape[0], bank.shape
-    features = torch.randn(3, 2, row_count, width, generator=generator)
+    features = unit_rows(6 * row_count, width, seed=6).view(3, 2, row_count, width)
     banks = torch.stack([bank[torch.randperm(bank_count, generator=generator)] for _ in range(6)])
     banks = banks.view(2, 3, *bank.shape).transpose(0, 1)  # no view as one matrix after the other
     targets = torch.stack([target.roll(shift, 0) for shift in range(6)]).unflatten(0, (3, 2))
     loss, reference = getattr(ops, name), importlib.import_module(f"engine.ops.{name}").reference
-    for reduction in ("mean", "sum", "none"):
 
-        def of(function: Loss, *places: Any, reduction: str = reduction) -> tuple[Tensor, Tensor]:
-            parts = (value[places] for value in (features, banks, targets))
-            return value_and_gradient(function, *parts, TEMPERATURE, reduction=reduction)
+    def of(function: Loss, *place: int | slice, reduction: str) -> tuple[Tensor, Tensor]:
+        parts = (value[place] for value in (features, banks, targets))
+        return value_and_gradient(function, *parts, TEMPERATURE, reduction=reduction)
 
-        value, gradient = of(loss)
+    for reduction in reductions:
+        value, gradient = of(loss, reduction=reduction)
         assert value.shape == (3, 2) + (row_count,) * (reduction == "none") and gradient.shape == features.shape
-        for i in range(3):
-            for j in range(2):
-                for actual, alone in zip((value[i, j], gradient[i, j]), of(loss, i, j), strict=True):
-                    torch.testing.assert_close(actual, alone, rtol=1e-5, atol=1e-5)
-        for actual, expected in zip(of(reference), (value, gradient), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-        for none in (slice(0), (slice(None), slice(0))):
-            value, gradient = of(loss, none) if none == slice(0) else of(loss, *none)
+        comparisons = [(value, gradient), of(reference, reduction=reduction)]
+        for place in ((0, 1), (2, 0)):
+            comparisons += [(value[place], gradient[place]), of(loss, *place, reduction=reduction)]
+        for found, expected in zip(comparisons[::2], comparisons[1::2], strict=True):
+            for actual, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(actual, wanted, rtol=0, atol=3e-6 * (1 + float(wanted.abs().max())))
+        for none in ((slice(0),), (slice(None), slice(0))):
+            value, gradient = of(loss, *none, reduction=reduction)
             assert value.numel() == 0 and value.dim() == 2 + (reduction == "none") and gradient.numel() == 0
-    batch = features[0].double(), banks[0].double(), targets[0].double() if targets.is_floating_point() else targets[0]
-    assert torch.autograd.gradcheck(lambda rows: loss(rows, *batch[1:], 0.5), [batch[0].requires_grad_()])
 
 
 def check_autocast(name: str, target: Tensor, bank: Tensor) -> None:
