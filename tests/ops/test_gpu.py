@@ -25,6 +25,7 @@ from operator_results import (
     tensors,
 )
 from torch import Tensor
+from waiting import no_waiting
 
 from engine import ops
 from engine.ops import use_backend
@@ -100,17 +101,6 @@ def test_does_not_wait_for_the_device(name, backend):
     arguments = arguments_of(name)
     with no_waiting():
         run(name, backend, arguments)
-
-
-class no_waiting:
-    """Inside the block torch raises where it would wait for the device."""
-
-    def __enter__(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-
-    def __exit__(self, *_: object) -> None:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not exists("memory_update_", "cuda"), reason="memory_update_ has no cuda back end")
