@@ -45,7 +45,7 @@ def test_what_waits_before_an_epoch_and_that_no_step_does(method, stage, sysu_tr
         batch = next_batch(run)
         run.network.train()
         with waits() as places:
-            run._step(batch)
+            run._step(batch, stage)
         assert not places
 
 
@@ -57,9 +57,9 @@ def test_no_step_waits_on_a_gpu(method, stage, sysu_tree, cache, tmp_path):
     run._label(stage, Phases(run.device))
     batch = next_batch(run)
     run.network.train()
-    run._step(batch)  # the first may compile
+    run._step(batch, stage)  # the first may compile
     with no_waiting():
-        run._step(batch)
+        run._step(batch, stage)
 
 
 def test_what_would_wait_is_found_wherever_it_is():
