@@ -111,16 +111,21 @@ def table(rows: Sequence[tuple[str, Score]]) -> str:
             for name in columns
         ]
         cells.append([label, score.protocol, *numbers])
+    return markdown(cells, left=2)
+
+
+def markdown(cells: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table that also reads well as text; the first row is its head, the first `left` columns are words."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
         text = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         return f"| {' | '.join(text)} |"
 
     rule = "".join(
-        "|" + "-" * (width + 2) if i < 2 else "|" + "-" * (width + 1) + ":" for i, width in enumerate(widths)
+        "|" + "-" * (width + 2) if i < left else "|" + "-" * (width + 1) + ":" for i, width in enumerate(widths)
     )
     return "\n".join([line(cells[0]), f"{rule}|", *map(line, cells[1:])])

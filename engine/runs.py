@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,35 @@ def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
         raise UserError(f"--resume {run}: it was stopped before its first checkpoint; start it anew, without --resume")
     saved = to_dict(parse(checkpoint.load(folder / "last.pt")["config"]))
     config = load(str(folder / "config.yaml"), overrides)
-    changed = [
-        line
-        for line in differences(saved, to_dict(config))
-        if not any(fnmatch(line.split(":")[0], name) for name in MOVABLE)
-    ]
+    changed = fixed_differences(saved, to_dict(config))
     if changed:
         raise UserError(
             f"--resume {run}: the checkpoint was made with other settings ({'; '.join(changed)}). A resumed run may "
             f"change {', '.join(MOVABLE)} only; undo the change, or start a new run"
         )
     return config, folder
+
+
+def fixed_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines "a.b: old -> new" for the settings that make two runs different ones: all but `MOVABLE`."""
+    return [line for line in differences(old, new) if not _is_movable(line.split(":")[0])]
+
+
+def movable_overrides(config: Config) -> list[str]:
+    """The settings that a resumed run may change, "a.b=c" each."""
+
+    def walk(value: Any, path: str) -> Iterator[str]:
+        if _is_movable(path):
+            yield f"{path}={json.dumps(value)}"
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in items:
+            yield from walk(item, f"{path}.{key}".lstrip("."))
+
+    return list(walk(to_dict(config), ""))
+
+
+def _is_movable(path: str) -> bool:
+    return any(fnmatch(path, name) for name in MOVABLE)
 
 
 def environment(seed: int) -> dict[str, Any]:
