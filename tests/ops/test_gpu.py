@@ -103,6 +103,19 @@ def test_does_not_wait_for_the_device(name, backend):
         run(name, backend, arguments)
 
 
+@pytest.mark.parametrize(
+    "name", ["cmfp", "dbscan", "knn_intersection", "segment_mean", "set_intersection", "set_union", "sinkhorn", "topk"]
+)
+def test_is_captured_in_a_graph_and_replayed(name):
+    expected = run(name, "cuda")
+    arguments = arguments_of(name)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(name, "cuda", arguments)
+    graph.replay()
+    assert same_bits(captured, expected)
+
+
 @pytest.mark.skipif(not exists("memory_update_", "cuda"), reason="memory_update_ has no cuda back end")
 def test_a_step_is_captured_in_a_graph_and_replayed_on_new_features():
     features, bank = (rows.cuda() for rows in (unit_rows(64, 128, 1), unit_rows(300, 128, 2)))
