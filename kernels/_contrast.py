@@ -203,8 +203,8 @@ class Softmax:
 
 def problems(features: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous features [P, B, D], and [P, N, D] banks, each contiguous: where they lie, if they lie so."""
-    bank = merge(bank, 2)
-    return merge(features, 2).contiguous(), bank if bank[:1].is_contiguous() else bank.contiguous()
+    bank = merge(bank)
+    return merge(features).contiguous(), bank if bank[:1].is_contiguous() else bank.contiguous()
 
 
 def softmax_of(

@@ -22,7 +22,7 @@ def soft_contrast(
     gradient = features.new_zeros(*leading, row_count if with_gradient else 0, width, dtype=torch.float32)
     if weights.numel() == 0:
         return features.new_zeros(*leading, row_count, dtype=torch.float32), gradient
-    (features, bank), weights = problems(features, bank), merge(weights, 2).contiguous()
+    (features, bank), weights = problems(features, bank), merge(weights).contiguous()
     gathered = gradient.view(features.shape) if with_gradient else None
     softmax = softmax_of(features, bank, temperature, gathered=gathered, weights=weights, precision=precision)
     totals = weights.sum(dim=-1, dtype=torch.float32)

@@ -33,6 +33,8 @@ OUTLIERS = 0.005
 NEIGHBOURS = 30
 ITERATIONS = 20
 RADIUS = 0.6
+PARTS = 6
+"""Part banks of one size: of three parts, for the queries of either modality."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,30 @@ def cluster_contrast_cases(size: Size, make: Maker) -> Iterator[Case]:
             "torch + Python loop": Peer(partial(step, peers.cluster_contrast, peers.memory_update_), multiplies=True)
         },
         goals={"torch + Python loop": 4},
+    )
+
+    parts = [tensor.expand(PARTS, *tensor.shape).clone() for tensor in (features, bank)]
+    each_labels = torch.stack([labels.roll(part) for part in range(PARTS)])
+
+    def steps(
+        loss: Callable[..., Tensor], update: Callable[..., Tensor], features: Tensor, bank: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        value, gradient = forward_and_backward(lambda *arguments: loss(*arguments).sum(), features, bank, *rest)
+        return value, gradient, update(bank, features, each_labels, 0.1)
+
+    yield Case(
+        op="cluster_contrast",
+        form=f"fwd + bwd + update of {PARTS} banks",
+        size=shape,
+        inputs=lambda: (parts[0], parts[1].clone(), each_labels, 0.05),
+        call=partial(steps, ops.cluster_contrast, ops.memory_update_),
+        flops=PARTS * flops,
+        bytes=PARTS * (moved + 2 * bytes_of(features)),
+        agree=close,
+        also=("memory_update_",),
+        peers={
+            "torch + Python loop": Peer(partial(steps, peers.cluster_contrasts, peers.memory_updates_), multiplies=True)
+        },
     )
 
 

@@ -94,6 +94,12 @@ def cluster_contrast(features: Tensor, bank: Tensor, labels: Tensor, temperature
     return F.cross_entropy(features @ bank.T / temperature, labels)
 
 
+def cluster_contrasts(features: Tensor, bank: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Of a batch of problems `[P, B, D]`, the sum of the losses."""
+    logits = features @ bank.mT / temperature
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * len(features)
+
+
 def soft_contrast(features: Tensor, bank: Tensor, weights: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(features @ bank.T / temperature, weights)
 
@@ -110,6 +116,13 @@ def memory_update_(bank: Tensor, features: Tensor, labels: Tensor, momentum: flo
     for feature, label in zip(features, labels.tolist(), strict=True):
         bank[label] = momentum * bank[label] + (1 - momentum) * feature
         bank[label] /= bank[label].norm()
+    return bank
+
+
+def memory_updates_(bank: Tensor, features: Tensor, labels: Tensor, momentum: float) -> Tensor:
+    """Of a batch of problems, one after the other."""
+    for problem in zip(bank, features, labels, strict=True):
+        memory_update_(*problem, momentum)
     return bank
 
 

@@ -52,9 +52,9 @@ def size(name: str, value: Tensor, dim: int, expected: int, of: str) -> None:
         raise fail(name, f"of size {expected} in dimension {dim % value.dim()} ({of})", value)
 
 
-def leading(name: str, value: Tensor, own: int, expected: Sequence[int], other_name: str) -> None:
+def leading(name: str, value: Tensor, own: int, expected: torch.Size, other_name: str) -> None:
     """Check that the dimensions before the last `own` are those of another argument: one problem for each."""
-    if value.shape[: value.dim() - own] != torch.Size(expected):
+    if value.shape[:-own] != expected:
         raise fail(name, f"of leading dimensions {list(expected)} like {other_name}", value)
 
 

@@ -8,7 +8,7 @@ residual @ bank / temperature. Leading dimensions count problems that share noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.ops import _check, _native
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, check_precision, products
-from engine.ops._problems import places
+from engine.ops._problems import each
 
 BLOCK_ENTRIES = 1 << 22
 """Logits held at a time: 16 MB of float32."""
@@ -75,15 +75,16 @@ def in_blocks(
     """
     losses, gradient = _outputs(features, bank, target, temperature, with_gradient, precision)
     block_rows = max(1, BLOCK_ENTRIES // max(1, bank.shape[-2]))
-    for place in places(features):
-        own, others, wanted = features[place], bank[place].to(losses.dtype), target[place]
+    for problem in _problems(features, bank, target, losses, gradient):
+        own, others, wanted, own_losses, own_gradient = problem
+        others = others.to(losses.dtype)
         for start in range(0, own.shape[0], block_rows):
             rows = slice(start, start + block_rows)
             scores = logits(own[rows], others, temperature, precision)
-            losses[place][rows] = row_losses(scores, wanted[rows])
+            own_losses[rows] = row_losses(scores, wanted[rows])
             if with_gradient:
                 with products(features.device, precision):
-                    torch.mm(residual(scores, wanted[rows]), others, out=gradient[place][rows])
+                    torch.mm(residual(scores, wanted[rows]), others, out=own_gradient[rows])
     return losses, gradient.div_(temperature)
 
 
@@ -107,19 +108,19 @@ def native(
     losses, gradient = _outputs(features, bank, target, temperature, with_gradient, "ieee")
     features = features.to(losses.dtype).contiguous()
     run, threads = _native.function(name, losses.dtype), torch.get_num_threads()
-    for place in places(features):
-        others, own = bank[place].contiguous(), target[place].contiguous()
+    for own, others, wanted, own_losses, own_gradient in _problems(features, bank, target, losses, gradient):
+        others, wanted = others.contiguous(), wanted.contiguous()
         run(
-            features[place].data_ptr(),
+            own.data_ptr(),
             *_native.rows(others),
-            *address(own),
-            features.shape[-2],
+            *address(wanted),
+            own.shape[0],
             others.shape[0],
             *sizes,
-            features.shape[-1],
+            own.shape[1],
             temperature,
-            losses[place].data_ptr(),
-            gradient[place].data_ptr() if with_gradient else 0,
+            own_losses.data_ptr(),
+            own_gradient.data_ptr() if with_gradient else 0,
             threads,
         )
     return losses, gradient
@@ -156,6 +157,15 @@ def _outputs(
         features.new_empty(*problems, row_count, dtype=dtype),
         features.new_empty(*problems, row_count if with_gradient else 0, width, dtype=dtype),
     )
+
+
+def _problems(
+    features: Tensor, bank: Tensor, target: Tensor, losses: Tensor, gradient: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """All of them of one problem after the other."""
+    leading = features.dim() - 2
+    parts = (features, bank, target, losses, gradient)
+    return zip(*(each(part, part.dim() - leading) for part in parts), strict=True)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
 from math import prod
 
 from torch import Tensor
 
 
-def places(matrices: Tensor) -> Iterator[tuple[int, ...]]:
-    """The index of each matrix of `[..., rows, columns]`: () alone where there is one without leading dimensions."""
-    return product(*map(range, matrices.shape[:-2]))
+def each(value: Tensor, own: int) -> list[Tensor]:
+    """What every problem has of a batch, as views; the last `own` dimensions are its own."""
+    if value.dim() == own:
+        return [value]
+    return [problem for part in value.unbind() for problem in each(part, own)]
 
 
-def merge(value: Tensor, own: int) -> Tensor:
-    """With one leading dimension, of all problems, before its `own` last ones; a view where that can be."""
-    leading = value.dim() - own
-    return value.reshape(prod(value.shape[:leading]), *value.shape[leading:])
+def merge(matrices: Tensor) -> Tensor:
+    """[P, rows, columns], of P problems without other leading dimensions; a view where that can be."""
+    return matrices.reshape(prod(matrices.shape[:-2]), *matrices.shape[-2:])
+
+
+def for_rows(value: Tensor, rows: Tensor) -> Tensor:
+    """One value `[..., B]` for each of `rows` `[..., B, D]`, given so or as `[B]` for all problems."""
+    return value if value.dim() == rows.dim() - 1 else value.expand(rows.shape[:-1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import _check, _contrast, _native
+from engine.ops._problems import for_rows
 
 
 def cluster_contrast(
@@ -39,7 +40,7 @@ def cluster_contrast(
     """
     _contrast.check(features, bank, temperature, reduction, precision)
     _check_labels(features, bank, labels)
-    labels = labels.expand(features.shape[:-1])
+    labels = for_rows(labels, features)
     losses = _contrast.losses_of(_operator, features, bank, labels, temperature, precision)
     return _contrast.reduce(losses, _kept(labels, bank.shape[-2]), reduction)
 
@@ -54,7 +55,7 @@ def reference(
     precision: str = "ieee",
 ) -> Tensor:
     """The definition, on the whole [..., B, C] logits."""
-    labels = labels.expand(features.shape[:-1])
+    labels = for_rows(labels, features)
     losses = _row_losses(_contrast.logits(features, bank, temperature, precision), labels)
     return _contrast.reduce(losses, _kept(labels, bank.shape[-2]), reduction)
 

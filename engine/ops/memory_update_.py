@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from engine.ops import _check, _cuda
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
-from engine.ops._problems import merge, places
+from engine.ops._problems import each, for_rows
 
 SEARCHED = 4096
 """Features of a batch up to which a GPU finds those of a label faster than it sorts them."""
@@ -47,13 +48,12 @@ def memory_update_(
         features = features.clone()  # rows of the bank itself, as they are before the update
     if features.dtype != dtype:
         features = features.to(dtype)
-    labels = labels.expand(features.shape[:-1])
+    labels = for_rows(labels, features)
     if isinstance(momentum, Tensor):
-        momentum = momentum.to(dtype).expand(features.shape[:-1])
+        momentum = for_rows(momentum.to(dtype), features)
     banks = _as_they_lie(bank) if bank.dtype == dtype else None
     if banks is not None:
-        weights = merge(momentum, 1) if isinstance(momentum, Tensor) else momentum
-        run(banks, merge(features, 2), merge(labels, 1), weights, normalize=normalize)
+        run(banks, features, labels, momentum, normalize=normalize)
         return bank
 
     # The rows that are named, of whatever problem, become one bank.
@@ -72,10 +72,8 @@ def reference(
     bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, *, normalize: bool = True
 ) -> Tensor:
     """Labels are independent: the r-th feature of every label is blended at once, for r = 0, 1, ..."""
-    each = features.shape[:-1]
-    for place in places(bank):
-        weights = momentum.expand(each)[place] if isinstance(momentum, Tensor) else momentum
-        _blend(bank[place], features[place], labels.expand(each)[place], weights, normalize)
+    for own, rows, names, weights in _problems(bank, features, for_rows(labels, features), momentum):
+        _blend(own, rows, names, weights, normalize)
     return bank
 
 
@@ -85,17 +83,17 @@ def cpu(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor
 
     update = _C.memory_update_float64 if bank.dtype == torch.float64 else _C.memory_update_float32
     features, labels = features.contiguous(), labels.contiguous()
-    each, shared = (momentum.contiguous(), 0.0) if isinstance(momentum, Tensor) else (None, momentum)
-    for place in places(bank):
+    if isinstance(momentum, Tensor):
+        momentum = momentum.contiguous()
+    for own, rows, names, weights in _problems(bank, features, labels, momentum):
         update(
-            bank[place].data_ptr(),
-            features[place].data_ptr(),
-            labels[place].data_ptr(),
-            0 if each is None else each[place].data_ptr(),
-            shared,
-            bank.shape[-2],
-            features.shape[-2],
-            features.shape[-1],
+            own.data_ptr(),
+            rows.data_ptr(),
+            names.data_ptr(),
+            *((weights.data_ptr(), 0.0) if isinstance(weights, Tensor) else (0, weights)),
+            own.shape[0],
+            rows.shape[0],
+            rows.shape[1],
             normalize,
             torch.get_num_threads(),
         )
@@ -120,7 +118,11 @@ def _check_arguments(bank: Tensor, features: Tensor, labels: Tensor, momentum: f
     _check.tensor("bank", bank, "... C D")
     if bank.requires_grad:
         raise _check.fail("bank", "a tensor that requires no gradient", bank)
-    if bank.numel() and any(size > 1 and step == 0 for size, step in zip(bank.shape, bank.stride(), strict=True)):
+    if (
+        0 in bank.stride()
+        and bank.numel()
+        and any(size > 1 and step == 0 for size, step in zip(bank.shape, bank.stride(), strict=True))
+    ):
         raise _check.fail("bank", "a tensor whose entries have memory of their own, as a clone of it would be", bank)
     _check.tensor("features", features, "... B D")
     _check.leading("features", features, 2, bank.shape[:-2], "bank")
@@ -137,12 +139,23 @@ def _check_arguments(bank: Tensor, features: Tensor, labels: Tensor, momentum: f
 
 
 def _as_they_lie(bank: Tensor) -> Tensor | None:
-    """[P, C, D], a view of contiguous banks, or None where the rows do not lie so."""
+    """One contiguous bank, or [P, C, D], a view of such ones; None where the rows do not lie so."""
+    if bank.dim() == 2:
+        return bank if bank.is_contiguous() else None
     try:
         banks = bank.view(prod(bank.shape[:-2]), *bank.shape[-2:])
     except RuntimeError:
         return None
     return banks if banks[:1].is_contiguous() else None
+
+
+def _problems(
+    bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, float | Tensor]]:
+    """Bank, features, labels and momentum of one problem after the other."""
+    banks = each(bank, 2)
+    weights = each(for_rows(momentum, features), 1) if isinstance(momentum, Tensor) else [momentum] * len(banks)
+    return zip(banks, each(features, 2), each(labels, 1), weights, strict=True)
 
 
 def _blend(bank: Tensor, features: Tensor, labels: Tensor, momentum: float | Tensor, normalize: bool) -> None:

@@ -9,7 +9,7 @@ from engine.ops import _check, _cuda, _native
 from engine.ops._backend import pick
 from engine.ops._neighbors import largest
 from engine.ops._precision import accumulation_dtype, check_precision, products
-from engine.ops._problems import places
+from engine.ops._problems import each
 
 BLOCK_ENTRIES = 1 << 23
 """Similarities held at a time by the reference: 32 MB of float32."""
@@ -55,9 +55,12 @@ def topk(
         return search(queries, bank, k, **options)
     values = queries.new_empty(*queries.shape[:-1], k, dtype=torch.promote_types(queries.dtype, bank.dtype))
     indices = torch.empty_like(values, dtype=torch.int64)
-    for place in places(queries):
-        rows = queries[place]
-        values[place], indices[place] = search(rows, rows if queries is bank else bank[place], k, **options)
+    rows = each(queries, 2)
+    others = rows if queries is bank else each(bank, 2)
+    for *problem, own_values, own_indices in zip(rows, others, each(values, 2), each(indices, 2), strict=True):
+        found = search(*problem, k, **options)
+        own_values.copy_(found[0])
+        own_indices.copy_(found[1])
     return values, indices
 
 

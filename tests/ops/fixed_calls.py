@@ -52,3 +52,15 @@ CALLS: dict[str, tuple[Arguments, dict[str, Any]]] = {
     "soft_contrast": ((FEATURES, BANK, uniform(ROWS, BANK_ROWS), 0.05), {}),
     "topk": ((FEATURES, BANK, 7), {}),
 }
+
+
+def twice(arguments: Arguments) -> Arguments:
+    """Two problems, the second with all rows in another order."""
+    return tuple(
+        torch.stack([value, value.flip(0)]) if isinstance(value, torch.Tensor) else value for value in arguments
+    )
+
+
+BATCHED = ("cluster_contrast", "memory_update_", "neighbor_contrast", "soft_contrast", "topk")
+BATCHES: dict[str, Arguments] = {name: twice(CALLS[name][0]) for name in BATCHED}
+"""Of the operators that take batches of problems; the options are those of `CALLS`."""

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from fixed_calls import CALLS, integers
+from fixed_calls import BATCHES, CALLS, integers
 from graph_checks import unit_rows
 from operator_results import (
     AUTOMATIC,
@@ -63,6 +64,19 @@ def test_agrees_with_the_reference_in_float64(name, backend):
         exact = tensors(truth)
     for found, expected in zip(tensors(on_cpu(run(name, backend))), exact, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize(("name", "backend"), [form for form in FORMS if form[0] in BATCHES])
+def test_takes_a_batch_of_problems(name, backend):
+    with use_backend("reference"):
+        truth = outcome(name, getattr(ops, name), doubled(copied(BATCHES[name])), CALLS[name][1])
+    found = run(name, backend, placed(copied(BATCHES[name]), "cuda"))
+    for value, exact in zip(tensors(on_cpu(found)), tensors(truth), strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-5, check_dtype=False)
+    arguments = placed(copied(BATCHES[name]), "cuda")
+    with no_waiting() if (name, backend) in NEVER_WAITING else nullcontext():
+        again = run(name, backend, arguments)
+    assert same_bits(again, found)
 
 
 @pytest.mark.parametrize(("name", "backend"), FORMS)
