@@ -17,11 +17,7 @@ from torch.nn import functional as F
 
 from engine import ops
 from engine.ops import _check, _csr
-from engine.ops._neighbors import largest
-from engine.ops._reciprocal import ONE, expanded, min_products, query_expansion, reciprocal
-
-BLOCK_ROWS = 1024
-"""Rows of a distance matrix whose neighbours are searched at a time."""
+from engine.rerank import check_weight, k_reciprocal
 
 
 class ClusterMemory(nn.Module):
@@ -169,22 +165,12 @@ def re_ranking(
     """
     _check.count("k1", k1, 1)
     _check.count("k2", k2, 1)
-    if isinstance(lambda_value, bool) or not 0 <= lambda_value <= 1:
-        raise _check.fail("lambda_value", "a number in [0, 1]", lambda_value)
+    check_weight("lambda_value", lambda_value)
     distance = _joint_distance(np.asarray(q_g_dist), np.asarray(q_q_dist), np.asarray(g_g_dist))
-    query_count, row_count = np.shape(q_g_dist)[0], len(distance)
-    between = distance[:query_count, query_count:]
-    if between.numel() == 0:
-        return between.numpy()
-    rank = _nearest(distance, min(max(k1 + 1, k2), row_count))
-    near, half = reciprocal(rank[:, : k1 + 1]), reciprocal(rank[:, : round(k1 / 2) + 1])
-    weights, full = _softmax(distance, expanded(near, half, row_count)), ONE
-    if k2 > 1:
-        weights, full = query_expansion(weights, rank[:, :k2]), min(k2, row_count) * ONE
-    queries, gallery = _rows(weights, 0, query_count), _rows(weights, query_count, row_count)
-    shared = torch.cat([sums.double() / full for _, sums in min_products(queries, gallery.t().to_sparse_csr())])
-    jaccard = (1 - shared / (2 - shared)).float()
-    return torch.lerp(jaccard, between, lambda_value).numpy()
+    query_count, gallery_count = np.shape(q_g_dist)
+    if query_count == 0 or gallery_count == 0:
+        return np.empty((query_count, gallery_count), dtype=np.float32)
+    return k_reciprocal(distance, query_count, k1, k2, lambda_value).numpy()
 
 
 def _joint_distance(q_g: NDArray, q_q: NDArray, g_g: NDArray) -> Tensor:
@@ -206,28 +192,6 @@ def _joint_distance(q_g: NDArray, q_q: NDArray, g_g: NDArray) -> Tensor:
         raise ValueError("q_g_dist, q_q_dist and g_g_dist must be finite, with squares that float32 can hold")
     rows /= np.where(largest > 0, largest, 1)
     return torch.from_numpy(rows)
-
-
-def _nearest(distance: Tensor, k: int) -> Tensor:
-    """The k columns of least distance in every row, the lower index first among equals, `[N, k]`."""
-    return torch.cat([largest(-rows, k)[1] for rows in distance.split(BLOCK_ROWS)])
-
-
-def _softmax(distance: Tensor, members: Tensor) -> Tensor:
-    """Softmax of the negative distances over each row's members (keys row * N + column), CSR in fixed point."""
-    count = len(distance)
-    row, column = members // count, members % count
-    row_counts = torch.bincount(row, minlength=count)
-    weights = distance.flatten()[members].double().neg().exp()
-    weights /= torch.segment_reduce(weights, "sum", lengths=row_counts, unsafe=True)[row]
-    return _csr.build(row_counts, column, (weights * ONE).round().long(), count)
-
-
-def _rows(csr: Tensor, first: int, last: int) -> Tensor:
-    """Rows `first` to `last` (excluded) of a CSR matrix."""
-    starts = csr.crow_indices()[first : last + 1]
-    entries = slice(int(starts[0]), int(starts[-1]))
-    return _csr.build(starts.diff(), csr.col_indices()[entries], csr.values()[entries], csr.shape[1])
 
 
 def eval_sysu(

@@ -16,6 +16,7 @@ import yaml
 
 from engine.errors import UserError
 from engine.pair import Pair
+from engine.rerank import Rerank
 
 CONFIGS = Path(__file__).parent / "configs"
 S = TypeVar("S")
@@ -180,12 +181,12 @@ class Evaluate:
     Attributes:
         every: epochs between scores; the end of a stage is always scored.
         batch: images per forward pass, here and when the training images' features are extracted.
-        cmfp_k: neighbours of cross-modality feature propagation at test time (a row of its own); 0 = no such row.
+        rerank: re-ranking at test time, in rows of its own; engine/rerank.py has its settings.
     """
 
     every: int = 1
     batch: int = 128
-    cmfp_k: int = 0
+    rerank: Rerank = field(default_factory=Rerank)
 
 
 @dataclass(frozen=True)
@@ -384,7 +385,11 @@ def _build(kind: type[S], value: Any, path: str) -> S:
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and key not in content:
             raise UserError(f"{dot}{key}: missing; give it in the configuration or by --set {dot}{key}=...")
-    return kind(**{key: _convert(hints[key], item, f"{dot}{key}") for key, item in content.items()})
+    values = {key: _convert(hints[key], item, f"{dot}{key}") for key, item in content.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{dot}{error}") from error
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
@@ -445,7 +450,6 @@ def _check(config: Config) -> None:
         ("train.accumulate", config.train.accumulate, config.train.accumulate >= 1, "at least 1"),
         ("evaluate.every", config.evaluate.every, config.evaluate.every >= 1, "at least 1"),
         ("evaluate.batch", config.evaluate.batch, config.evaluate.batch >= 1, "at least 1"),
-        ("evaluate.cmfp_k", config.evaluate.cmfp_k, config.evaluate.cmfp_k >= 0, "at least 0"),
         ("model.bn_group", config.model.bn_group, config.model.bn_group >= 0, "at least 0"),
     ]
     for place, source in config.data.sources.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from engine.device import pick_device
 from engine.errors import UserError
 from engine.features import NAMES, extract
 from engine.pair import Modality, Pair
+from engine.phases import Phases
+from engine.rerank import Reranker
 
 RANKS = (1, 5, 10, 20)
 
@@ -28,11 +30,12 @@ class Score:
 
     Attributes:
         protocol: name of the protocol.
-        rerank: "" for plain features, else what was applied at test time ("CMFP(te)"); such rows are never mixed.
+        rerank: "" for plain distances, else what was applied at test time ("CMFP(te) k=30"); such rows are never mixed.
         values: "R1", "R5", "R10", "R20", "mAP", "mINP".
         spread: their standard deviations.
         trials: galleries or splits averaged over.
         queries: queries with a match in the gallery, summed over the trials.
+        seconds: by device ("cpu, 2 threads"), what re-ranking took, mean over the trials; empty where not measured.
     """
 
     protocol: str
@@ -41,6 +44,7 @@ class Score:
     spread: dict[str, float]
     trials: int
     queries: int
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def score(
@@ -61,8 +65,10 @@ def score(
     return values | {"mAP": 100 * float(ranking.mAP), "mINP": 100 * float(ranking.mINP)}, int(ranking.valid_queries)
 
 
-def summary(name: str, rerank: str, trials: Sequence[tuple[dict[str, float], int]]) -> Score:
-    """Mean and standard deviation over the results of `score`."""
+def summary(
+    name: str, rerank: str, trials: Sequence[tuple[dict[str, float], int]], clock: Phases | None = None
+) -> Score:
+    """Mean and standard deviation over the results of `score`; `clock` is that of `trial_distance`."""
     columns = {column: np.array([values[column] for values, _ in trials]) for column in trials[0][0]}
     return Score(
         name,
@@ -71,28 +77,59 @@ def summary(name: str, rerank: str, trials: Sequence[tuple[dict[str, float], int
         {column: float(numbers.std()) for column, numbers in columns.items()},
         len(trials),
         sum(valid for _, valid in trials),
+        {device: seconds / len(trials) for device, seconds in clock.seconds.items()} if clock else {},
     )
 
 
-def evaluate(dataset: Dataset, features: Pair[Tensor], cmfp_k: int = 0) -> list[Score]:
-    """Every protocol of a data set, plain, and with cross-modality feature propagation when `cmfp_k` > 0.
+def trial_distance(query: Tensor, gallery: Tensor, reranker: Reranker | None, clock: Phases | None = None) -> Tensor:
+    """Distances of one trial: by cosine, or re-ranked.
+
+    Args:
+        query, gallery: `[Q, D]`, `[G, D]` unit features.
+        clock: counts the seconds of re-ranking, from features to distances, under the name of the device. What is
+            loaded or compiled at the first use does not count: a clock's first trial is run twice.
+
+    Returns:
+        `[Q, G]`, smaller is more alike.
+    """
+    if reranker is None:
+        return 1 - query @ gallery.T
+    if clock is None:
+        return reranker(query, gallery)
+    on_gpu = query.device.type == "cuda"
+    name = torch.cuda.get_device_name(query.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    if name not in clock.seconds:
+        reranker(query, gallery)
+    with clock(name):
+        return reranker(query, gallery)
+
+
+def evaluate(
+    dataset: Dataset, features: Pair[Tensor], rerankers: Sequence[Reranker] = (), *, timed: bool = False
+) -> list[Score]:
+    """Every protocol of a data set, plain, and with every re-ranker.
 
     Args:
         dataset: with test images.
         features: `[N, D]` unit features of `dataset.test`.
-        cmfp_k: neighbours of CMFP at test time. It uses all queries of a trial at once (transductive).
+        rerankers: see `engine.rerank`. They see one trial at a time.
+        timed: measure how long re-ranking takes.
 
     Returns:
         The rows, all plain ones first.
     """
-    assert dataset.test is not None
-    scores = [_evaluate(protocol, dataset.test, features, 0) for protocol in dataset.protocols]
-    if cmfp_k:
-        scores += [_evaluate(protocol, dataset.test, features, cmfp_k) for protocol in dataset.protocols]
-    return scores
+    test = dataset.test
+    assert test is not None
+    return [
+        _evaluate(protocol, test, features, reranker, Phases(features.vis.device) if timed else None)
+        for reranker in (None, *rerankers)
+        for protocol in dataset.protocols
+    ]
 
 
-def _evaluate(protocol: Protocol, test: Pair[Images], features: Pair[Tensor], cmfp_k: int) -> Score:
+def _evaluate(
+    protocol: Protocol, test: Pair[Images], features: Pair[Tensor], reranker: Reranker | None, clock: Phases | None
+) -> Score:
     query: Modality = protocol.query
     gallery: Modality = "ir" if query == "vis" else "vis"
     trials = []
@@ -100,8 +137,6 @@ def _evaluate(protocol: Protocol, test: Pair[Images], features: Pair[Tensor], cm
         chosen = Pair(trial.queries, trial.gallery)
         rows = chosen if query == "vis" else chosen.swap()
         parts = features.map(lambda part, index: part[torch.from_numpy(index).to(part.device)], rows)
-        if cmfp_k:
-            parts = Pair(*ops.cmfp(parts.vis, parts.ir, cmfp_k))
 
         def column(images: Images, name: str, index: np.ndarray, device: torch.device = parts.vis.device) -> Tensor:
             return torch.from_numpy(getattr(images, name)[index]).to(device)
@@ -110,34 +145,47 @@ def _evaluate(protocol: Protocol, test: Pair[Images], features: Pair[Tensor], cm
             (column(test[query], name, trial.queries), column(test[gallery], name, trial.gallery))
             for name in ("ids", "cams")
         )
-        trials.append(score(1 - parts[query] @ parts[gallery].T, ids, cams, protocol.rule))
-    return summary(protocol.name, "CMFP(te)" if cmfp_k else "", trials)
+        distance = trial_distance(parts[query], parts[gallery], reranker, clock)
+        trials.append(score(distance, ids, cams, protocol.rule))
+    return summary(protocol.name, reranker.label if reranker else "", trials, clock)
 
 
 def evaluate_network(
-    network: nn.Module, dataset: Dataset, pixels: Pair[np.ndarray], config: Config, device: torch.device
+    network: nn.Module,
+    dataset: Dataset,
+    pixels: Pair[np.ndarray],
+    config: Config,
+    device: torch.device,
+    rerankers: Sequence[Reranker] | None = None,
+    *,
+    timed: bool = False,
 ) -> list[Score]:
     """`evaluate` with a network's features of the test images, averaged with those of their mirror images.
 
     Args:
         pixels: decoded `dataset.test`.
+        rerankers: others than those of the configuration.
     """
     features = extract(network, pixels, config, device, mirror=True, progress="test images")
-    return evaluate(dataset, features.whole, config.evaluate.cmfp_k)
+    chosen = config.evaluate.rerank.chosen if rerankers is None else rerankers
+    return evaluate(dataset, features.whole, chosen, timed=timed)
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> list[Score]:
-    """Score a checkpoint by the configuration it carries.
+def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), rerank: Sequence[str] | None = None) -> list[Score]:
+    """Score a checkpoint by the configuration it carries; re-ranking is timed.
 
     Args:
         overrides: "a.b=c" changes, for example the data set's place, or another data set.
+        rerank: re-ranked rows other than those of the configuration, as `Rerank.parse` takes them.
 
     Raises:
-        UserError: the data set has nothing to score on, or its test images were trained on under these settings.
+        UserError: the data set has nothing to score on, its test images were trained on under these settings, or there
+            is no such re-ranker.
     """
     content = checkpoint.load(path)
     trained = parse(content["config"])
     config = parse(override(content["config"], overrides))
+    rerankers = None if rerank is None else [config.evaluate.rerank.parse(text) for text in rerank]
     _refuse_leak(trained, config)
     dataset = data.read(config.data)
     if dataset.test is None:
@@ -146,7 +194,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> list[Score
     blank = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has the weights
     network = methods.find(config.method.name)(blank).build().to(device)
     checkpoint.load_network(network, content)
-    return evaluate_network(network, dataset, decode(dataset.test, config, "test"), config, device)
+    pixels = decode(dataset.test, config, "test")
+    return evaluate_network(network, dataset, pixels, config, device, rerankers, timed=True)
 
 
 def decode(images: Pair[Images], config: Config, part: str) -> Pair[np.ndarray]:

@@ -102,15 +102,20 @@ def epoch_block(row: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[tuple[str, Score]]) -> str:
-    """A Markdown table of scores, percent; ± is the standard deviation over galleries or splits where there are more."""
+    """A Markdown table of scores, percent; ± is the standard deviation over galleries or splits where there are more.
+
+    Where re-ranking was timed there is a column of its seconds per trial for the device.
+    """
     columns = [f"R{rank}" for rank in RANKS] + ["mAP", "mINP"]
-    cells = [["", "protocol", *columns]]
+    devices = sorted({device for _, score in rows for device in score.seconds})
+    cells = [["", "protocol", *columns, *(f"seconds ({device})" for device in devices)]]
     for label, score in rows:
         numbers = [
             f"{score.values[name]:.2f}" + (f" ± {score.spread[name]:.2f}" if score.trials > 1 else "")
             for name in columns
         ]
-        cells.append([label, score.protocol, *numbers])
+        seconds = [f"{score.seconds[device]:.3f}" if device in score.seconds else "" for device in devices]
+        cells.append([label, score.protocol, *numbers, *seconds])
     return markdown(cells, left=2)
 
 

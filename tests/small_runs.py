@@ -21,7 +21,7 @@ train:
   stages:
     - {epochs: 2, iterations: 3, labels: 2, images: 2}
     - {epochs: 2, iterations: 3, labels: 2, images: 2}
-evaluate: {every: 1, batch: 64, cmfp_k: 3}
+evaluate: {every: 1, batch: 64, rerank: {rows: [cmfp], cmfp: {k: 3}}}
 method: {name: salcr}
 salcr: {cmfp: {k: 4}, gpcr: {k: 4}}
 """

@@ -12,7 +12,7 @@ from sklearn.cluster import DBSCAN
 from torch import nn
 from torch.nn import functional as F
 
-from engine import compat, ops
+from engine import compat, ops, rerank
 
 DATA = Path(__file__).parent / "data"
 
@@ -306,7 +306,7 @@ def test_re_ranking_orders_equal_distances_by_index(queries, gallery, k1, k2, se
 def test_re_ranking_in_blocks_and_of_any_layout_is_the_same(monkeypatch):
     matrices = distances(12, 31, 0)
     expected = compat.re_ranking(*matrices, 7, 3)
-    monkeypatch.setattr(compat, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(rerank, "BLOCK_ROWS", 5)
     strided = [np.asfortranarray(matrix)[::-1][::-1] for matrix in matrices]
     assert np.array_equal(compat.re_ranking(*strided, 7, 3), expected)
 

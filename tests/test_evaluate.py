@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from engine.data.dataset import Dataset, Images, Protocol, Trial
 from engine.errors import UserError
 from engine.evaluate import Score, evaluate, score, summary
 from engine.pair import Pair
+from engine.rerank import Aim, Cmfp
 
 
 def images(ids, cams):
@@ -41,22 +43,32 @@ def features(noise: float) -> Pair:
 
 
 def test_perfect_features_score_a_hundred(dataset):
-    for row in evaluate(dataset, features(0.01), cmfp_k=2):
+    for row in evaluate(dataset, features(0.01), [Cmfp(2)]):
         assert row.values == pytest.approx({name: 100 for name in row.values})
         assert set(row.spread.values()) == {0}
 
 
-def test_rows_are_plain_first_then_propagated_and_say_so(dataset):
-    rows = evaluate(dataset, features(1.0), cmfp_k=2)
+def test_rows_are_plain_first_then_re_ranked_and_say_so(dataset):
+    rows = evaluate(dataset, features(1.0), [Cmfp(2), Aim(3, 1)])
     assert [(row.protocol, row.rerank) for row in rows] == [
         ("all", ""),
         ("back", ""),
-        ("all", "CMFP(te)"),
-        ("back", "CMFP(te)"),
+        ("all", "CMFP(te) k=2"),
+        ("back", "CMFP(te) k=2"),
+        ("all", "AIM k1=3 k2=1"),
+        ("back", "AIM k1=3 k2=1"),
     ]
-    assert [row.trials for row in rows] == [2, 1, 2, 1]
+    assert [row.trials for row in rows] == [2, 1, 2, 1, 2, 1]
     assert rows[0].values != rows[2].values
     assert len(evaluate(dataset, features(1.0))) == 2
+
+
+def test_only_re_ranking_is_timed_and_only_where_asked(dataset):
+    assert all(row.seconds == {} for row in evaluate(dataset, features(1.0), [Cmfp(2)]))
+    plain, _, re_ranked, _ = evaluate(dataset, features(1.0), [Cmfp(2)], timed=True)
+    assert plain.seconds == {}
+    assert list(re_ranked.seconds) == [f"cpu, {torch.get_num_threads()} threads"]
+    assert all(seconds > 0 for seconds in re_ranked.seconds.values())
 
 
 def test_a_row_is_the_mean_of_its_trials(dataset):
@@ -74,10 +86,12 @@ def test_a_row_is_the_mean_of_its_trials(dataset):
     assert row.queries == sum(valid for _, valid in results)
 
 
-def test_propagation_sees_one_trial_at_a_time(dataset, monkeypatch):
+def test_re_ranking_sees_one_trial_at_a_time(dataset, monkeypatch):
     seen, cmfp = [], ops.cmfp
-    monkeypatch.setattr(ops, "cmfp", lambda vis, ir, k: seen.append((len(vis), len(ir), k)) or cmfp(vis, ir, k))
-    evaluate(dataset, features(1.0), cmfp_k=2)
+    monkeypatch.setattr(
+        ops, "cmfp", lambda query, gallery, k: seen.append((len(query), len(gallery), k)) or cmfp(query, gallery, k)
+    )
+    evaluate(dataset, features(1.0), [Cmfp(2)])
     assert seen == [(6, 6, 2), (3, 3, 2), (6, 3, 2)]
 
 
@@ -90,7 +104,13 @@ def test_a_table_has_a_row_per_score_and_a_spread_where_there_is_one():
     lines = report.table([("one", a_score(1)), ("two", a_score(2))]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert "50.00 |" in lines[2] and "±" not in lines[2]
-    assert "50.50 ± 0.50" in lines[3]
+    assert "50.50 ± 0.50" in lines[3] and "seconds" not in lines[0]
+
+
+def test_a_table_has_the_seconds_where_there_are_any():
+    lines = report.table([("one", a_score(1)), ("two", replace(a_score(1), seconds={"cpu": 0.25}))]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "| seconds (cpu) |" in lines[0] and lines[2].endswith(" " * 13 + " |") and lines[3].endswith(" 0.250 |")
 
 
 ROW = {

@@ -56,7 +56,7 @@ def test_a_run_leaves_settings_log_metrics_checkpoints_and_a_table(whole):
     assert names == files | {"last.pt", "best.pt", "stage1.pt", "stage2.pt"}
     labels = [label for label, _ in rows]
     assert labels[:4] == ["untrained", "after warm-up", "after stage 1", "after stage 2 (last epoch)"]
-    assert labels[4].startswith("best epoch (") and labels[-1] == "after stage 2 (last epoch) + CMFP(te)"
+    assert labels[4].startswith("best epoch (") and labels[-1] == "after stage 2 (last epoch) + CMFP(te) k=3"
     assert {score.rerank for label, score in rows if "CMFP" not in label} == {""}
     assert "| after stage 2" in (folder / "results.md").read_text()
     log = (folder / "log.txt").read_text()
@@ -250,7 +250,7 @@ def test_a_changed_data_set_is_noticed_on_resume(whole, sysu_tree, cache):
 def test_a_checkpoint_scores_as_the_run_did(whole):
     scores = evaluate_checkpoint(whole[0] / "last.pt")
     assert scores[0] == whole[1][3][1]
-    assert [score.rerank for score in scores] == [""] * 4 + ["CMFP(te)"] * 4
+    assert [score.rerank for score in scores] == [""] * 4 + ["CMFP(te) k=3"] * 4
 
 
 def test_scoring_identities_that_were_trained_on_is_refused(whole):

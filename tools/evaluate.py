@@ -1,7 +1,7 @@
 """Score a trained network, or anybody's features or distances, by the field's protocols.
 
-python tools/evaluate.py RUN [--checkpoint best] [--set data.root=PATH]
-python tools/evaluate.py --arrays scores.npz --rule sysu
+python tools/evaluate.py RUN [--checkpoint best] [--set data.root=PATH] [--rerank cmfp cmrr:25]
+python tools/evaluate.py --arrays features.npz --rule sysu --rerank cmfp:30 cmrr:15 aim k-reciprocal
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from torch.nn import functional as F
 
 from engine import checkpoint, report
 from engine.errors import UserError, run_tool
-from engine.evaluate import Score, evaluate_checkpoint, score, summary
+from engine.evaluate import Score, evaluate_checkpoint, score, summary, trial_distance
+from engine.phases import Phases
+from engine.rerank import Rerank
 
 COLUMNS = "query_ids, gallery_ids, query_cams, gallery_cams (int [Q], [G], [Q], [G])"
 
@@ -38,15 +41,22 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="last", metavar="NAME", help="last (default), best, stage1, ...")
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting")
     parser.add_argument("--rule", choices=("plain", "sysu", "llcm"), default="plain", help="filter, for --arrays")
+    parser.add_argument(
+        "--rerank",
+        metavar="NAME[:K,...]",
+        nargs="+",
+        help="re-ranked rows: cmfp, cmrr, aim, k-reciprocal, with the run's settings or others (cmrr:25, aim:30,6)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the scores as JSON too")
     arguments = parser.parse_args()
     if arguments.arrays:
-        rows = [("arrays", _score_arrays(Path(arguments.arrays), arguments.rule))]
+        scores = _score_arrays(Path(arguments.arrays), arguments.rule, arguments.rerank or [])
+        name = "arrays"
     else:
         path = checkpoint.locate(arguments.run, arguments.checkpoint)
-        scores = evaluate_checkpoint(path, arguments.set)
+        scores = evaluate_checkpoint(path, arguments.set, arguments.rerank)
         name = "best (chosen on test scores)" if path.stem == "best" else path.stem
-        rows = [(f"{name} + {row.rerank}" if row.rerank else name, row) for row in scores]
+    rows = [(f"{name} + {row.rerank}" if row.rerank else name, row) for row in scores]
     print(report.table(rows))
     if arguments.json:
         content = json.dumps([{"row": label} | asdict(row) for label, row in rows], indent=2)
@@ -54,7 +64,8 @@ def main() -> int:
     return 0
 
 
-def _score_arrays(path: Path, rule: str) -> Score:
+def _score_arrays(path: Path, rule: str, rerank: Sequence[str]) -> list[Score]:
+    rerankers = [Rerank().parse(text) for text in rerank]
     if not path.is_file():
         raise UserError(f"--arrays {path}: no such file")
     try:
@@ -62,15 +73,14 @@ def _score_arrays(path: Path, rule: str) -> Score:
             arrays = {name: torch.from_numpy(np.ascontiguousarray(file[name])) for name in file.files}
     except (ValueError, OSError, TypeError) as error:
         raise UserError(f"--arrays {path}: not an .npz file of plain arrays ({error})") from error
+    missing = {"query_features", "gallery_features"} - arrays.keys()
+    if missing and (rerank or "distance" not in arrays):
+        needed = " and ".join(sorted(missing))
+        needed = f"{needed} to re-rank" if rerank else f"'distance', or {needed}"
+        raise UserError(f"--arrays {path}: needs {needed}; has {list(arrays)}")
+    features = [] if missing else _features(path, arrays["query_features"], arrays["gallery_features"])
     if "distance" not in arrays:
-        missing = {"query_features", "gallery_features"} - arrays.keys()
-        if missing:
-            raise UserError(
-                f"--arrays {path}: needs 'distance', or {' and '.join(sorted(missing))}; has {list(arrays)}"
-            )
-        features = (F.normalize(arrays[name].float()) for name in ("query_features", "gallery_features"))
-        query, gallery = features
-        arrays["distance"] = 1 - query @ gallery.T
+        arrays["distance"] = trial_distance(*features, None)
     names = ["query_ids", "gallery_ids", "query_cams", "gallery_cams"]
     if rule == "plain":
         arrays = {"query_cams": torch.zeros_like(arrays.get("query_ids", torch.zeros(0))), **arrays}
@@ -79,11 +89,24 @@ def _score_arrays(path: Path, rule: str) -> Score:
         if name not in arrays:
             raise UserError(f"--arrays {path}: needs '{name}' for --rule {rule}; has {list(arrays)}")
     columns = [arrays[name].long() for name in names]
+    ids, cams = (columns[0], columns[1]), (columns[2], columns[3])
     try:
-        trial = score(arrays["distance"], (columns[0], columns[1]), (columns[2], columns[3]), rule)
+        scores = [summary(path.name, "", [score(arrays["distance"], ids, cams, rule)])]
+        for reranker in rerankers:
+            clock = Phases(torch.device("cpu"))
+            trial = score(trial_distance(*features, reranker, clock), ids, cams, rule)
+            scores.append(summary(path.name, reranker.label, [trial], clock))
     except ValueError as error:
         raise UserError(f"--arrays {path}: {error}") from error
-    return summary(path.name, "", [trial])
+    return scores
+
+
+def _features(path: Path, query: torch.Tensor, gallery: torch.Tensor) -> list[torch.Tensor]:
+    """Both as unit rows."""
+    if query.dim() != 2 or gallery.dim() != 2 or query.shape[1] != gallery.shape[1]:
+        shapes = f"{list(query.shape)} and {list(gallery.shape)}"
+        raise UserError(f"--arrays {path}: query_features and gallery_features must be [Q, D], [G, D], got {shapes}")
+    return [F.normalize(rows.float()) for rows in (query, gallery)]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_runs import write_settings
+
+from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,7 +137,19 @@ def test_evaluate_scores_a_run_as_it_was_scored(finished, folder):
     rows = json.loads((folder / "scores.json").read_text())
     expected = scores(finished[0])[-1][2]
     assert [row["values"] for row in rows] == [row["values"] for row in expected]
-    assert "| last + CMFP(te)" in out
+    assert "| last + CMFP(te) k=3 |" in out
+
+
+def test_evaluate_re_ranks_as_asked(finished, folder):
+    arguments = ("--rerank", "cmfp", "cmrr:5", "cmrr:5,1", "aim:4,2", "k-reciprocal", "--json", "reranked.json")
+    code, out, err = tool("evaluate.py", "whole", *arguments, cwd=folder)
+    assert code == 0, err
+    rows = json.loads((folder / "reranked.json").read_text())
+    labels = ["", "CMFP(te) k=3", "CMRR k=5 k2=6 weight=0.3", "CMRR k=5 k2=1 weight=0.3", "AIM k1=4 k2=2"]
+    labels += ["k-reciprocal k1=20 k2=6 weight=0.3"]
+    assert [row["rerank"] for row in rows[::4]] == labels
+    assert [bool(row["seconds"]) for row in rows[::4]] == [False] + [True] * 5
+    assert "seconds (cpu, 1 threads)" in out and "| last + AIM k1=4 k2=2 " in out
 
 
 def test_evaluate_takes_anybodys_arrays(folder):
@@ -144,9 +159,10 @@ def test_evaluate_takes_anybodys_arrays(folder):
     query, gallery = (means[ids] + 0.01 * rng.normal(size=(20, 8)) for _ in range(2))
     columns = {"query_ids": ids, "gallery_ids": ids}
     np.savez(folder / "features.npz", query_features=query, gallery_features=gallery, **columns)
-    code, out, err = tool("evaluate.py", "--arrays", "features.npz", cwd=folder)
+    code, out, err = tool("evaluate.py", "--arrays", "features.npz", "--rerank", "cmfp:4", "aim", cwd=folder)
     assert code == 0, err
-    assert "100.00" in out
+    rows = [line.split(" | ")[0] for line in out.splitlines() if "100.00" in line]
+    assert [row.strip("| ") for row in rows] == ["arrays", "arrays + CMFP(te) k=4", "arrays + AIM k1=30 k2=6"]
     distance = rng.random((20, 20))
     cams = {"query_cams": np.full(20, 3), "gallery_cams": np.full(20, 1)}
     np.savez(folder / "distance.npz", distance=distance, **columns, **cams)
@@ -159,3 +175,19 @@ def test_evaluate_takes_anybodys_arrays(folder):
     assert code == 2 and "query_ids" in err and "Traceback" not in err
     code, _, err = tool("evaluate.py", "--arrays", "none.npz", cwd=folder)
     assert code == 2 and "no such file" in err
+
+
+def test_evaluate_says_what_it_needs_to_re_rank(tmp_path):
+    score = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["_score_arrays"]
+    columns = {"query_ids": np.arange(4), "gallery_ids": np.arange(4)}
+    np.savez(tmp_path / "distance.npz", distance=np.ones((4, 4)), **columns)
+    with pytest.raises(UserError, match="needs gallery_features and query_features to re-rank; has"):
+        score(tmp_path / "distance.npz", "plain", ["cmfp"])
+    np.savez(tmp_path / "narrow.npz", query_features=np.ones((4, 3)), gallery_features=np.ones((4, 2)), **columns)
+    with pytest.raises(UserError, match=r"must be \[Q, D\], \[G, D\], got \[4, 3\] and \[4, 2\]"):
+        score(tmp_path / "narrow.npz", "plain", [])
+    np.savez(tmp_path / "nan.npz", query_features=np.full((4, 3), np.nan), gallery_features=np.ones((4, 3)), **columns)
+    with pytest.raises(UserError, match="query must be finite"):
+        score(tmp_path / "nan.npz", "plain", ["aim"])
+    with pytest.raises(UserError, match="--rerank cmpf: expected one of cmfp"):
+        score(tmp_path / "nan.npz", "plain", ["cmpf"])
