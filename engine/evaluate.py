@@ -35,7 +35,7 @@ class Score:
         spread: their standard deviations.
         trials: galleries or splits averaged over.
         queries: queries with a match in the gallery, summed over the trials.
-        seconds: by device ("cpu, 2 threads"), what re-ranking took, mean over the trials; empty where not measured.
+        seconds: by device ("2-thread cpu"), what re-ranking took, mean over the trials; empty where not measured.
     """
 
     protocol: str
@@ -97,7 +97,7 @@ def trial_distance(query: Tensor, gallery: Tensor, reranker: Reranker | None, cl
     if clock is None:
         return reranker(query, gallery)
     on_gpu = query.device.type == "cuda"
-    name = torch.cuda.get_device_name(query.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(query.device) if on_gpu else f"{torch.get_num_threads()}-thread cpu"
     if name not in clock.seconds:
         reranker(query, gallery)
     with clock(name):

@@ -67,7 +67,7 @@ def test_only_re_ranking_is_timed_and_only_where_asked(dataset):
     assert all(row.seconds == {} for row in evaluate(dataset, features(1.0), [Cmfp(2)]))
     plain, _, re_ranked, _ = evaluate(dataset, features(1.0), [Cmfp(2)], timed=True)
     assert plain.seconds == {}
-    assert list(re_ranked.seconds) == [f"cpu, {torch.get_num_threads()} threads"]
+    assert list(re_ranked.seconds) == [f"{torch.get_num_threads()}-thread cpu"]
     assert all(seconds > 0 for seconds in re_ranked.seconds.values())
 
 

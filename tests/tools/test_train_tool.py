@@ -149,7 +149,7 @@ def test_evaluate_re_ranks_as_asked(finished, folder):
     labels += ["k-reciprocal k1=20 k2=6 weight=0.3"]
     assert [row["rerank"] for row in rows[::4]] == labels
     assert [bool(row["seconds"]) for row in rows[::4]] == [False] + [True] * 5
-    assert "seconds (cpu, 1 threads)" in out and "| last + AIM k1=4 k2=2 " in out
+    assert "seconds (1-thread cpu)" in out and "| last + AIM k1=4 k2=2 " in out
 
 
 def test_evaluate_takes_anybodys_arrays(folder):
