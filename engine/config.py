@@ -122,16 +122,26 @@ class Memory:
 
 @dataclass(frozen=True)
 class Optim:
-    """Adam, started afresh in every stage.
+    """The optimiser, started afresh in every stage.
 
     Attributes:
-        drops: parts of a stage after which the learning rate is multiplied by `factor`.
+        kind: Adam, whose weight decay is part of the gradient, or AdamW, which shrinks the weights themselves.
+        schedule: "step" multiplies the learning rate by `factor` after each of `drops`, parts of a stage; "cosine" takes it
+            down to 0 over the stage, epoch by epoch.
+        warm_up: iterations at the start of a stage in which the learning rate grows linearly.
+        layer_decay: what a layer's learning rate is multiplied by for each layer above it.
+        clip: largest norm of the gradient; 0 = any.
     """
 
+    kind: Literal["adam", "adamw"] = "adam"
     lr: float = 3.5e-4
     weight_decay: float = 5e-4
+    schedule: Literal["step", "cosine"] = "step"
     drops: tuple[float, ...] = (0.5,)
     factor: float = 0.1
+    warm_up: int = 0
+    layer_decay: float = 1.0
+    clip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -443,6 +453,9 @@ def _check(config: Config) -> None:
         ("memory.temperature", config.memory.temperature, config.memory.temperature > 0, "a number above 0"),
         ("memory.momentum", config.memory.momentum, 0 <= config.memory.momentum <= 1, "0 to 1"),
         ("optim.lr", config.optim.lr, config.optim.lr > 0, "a number above 0"),
+        ("optim.warm_up", config.optim.warm_up, config.optim.warm_up >= 0, "at least 0"),
+        ("optim.layer_decay", config.optim.layer_decay, 0 < config.optim.layer_decay <= 1, "above 0, at most 1"),
+        ("optim.clip", config.optim.clip, config.optim.clip >= 0, "at least 0"),
         ("cluster.min_samples", config.cluster.min_samples, config.cluster.min_samples >= 1, "at least 1"),
         ("cluster.k1", config.cluster.k1, min(config.cluster.k1) >= 1, "at least 1"),
         ("cluster.k2", config.cluster.k2, config.cluster.k2 >= 1, "at least 1"),

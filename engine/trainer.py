@@ -125,14 +125,12 @@ class Trainer:
         if within == 0 and state.step == 0:
             self.optimizer = optim.build(self.network, self.config.optim)
         rate = optim.learning_rate(self.config.optim, within, settings.epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         if state.step == 0:
             self._label(stage, phases)
         assert state.labels is not None
         first_step = state.step
         with phases("train"):
-            self._steps(settings, epoch, within, stage)
+            self._steps(settings, epoch, within, stage, rate)
         last = within == settings.epochs - 1
         scores = []
         with phases("evaluate"):
@@ -191,7 +189,7 @@ class Trainer:
         with phases("memories"):
             state.memories = self.method.memories(features, labels)
 
-    def _steps(self, settings: Stage, epoch: int, within: int, stage: int) -> None:
+    def _steps(self, settings: Stage, epoch: int, within: int, stage: int, rate: float) -> None:
         state, config = self.state, self.config
         assert state.labels is not None
         loader = Loader(self.pixels, config.augment, self.device, (_AUGMENTING, config.seed))
@@ -201,6 +199,7 @@ class Trainer:
         bar = tqdm(batches, title, settings.iterations, initial=state.step, leave=False, disable=None, unit="step")
         self.network.train()
         for batch in bar:
+            optim.set_rate(self.optimizer, config.optim, rate, within * settings.iterations + state.step)
             terms = self._step(batch, stage)
             for name, value in terms.items():
                 state.totals[name] = state.totals.get(name, torch.zeros((), device=self.device)) + value
@@ -247,6 +246,9 @@ class Trainer:
             self._descend()
 
     def _descend(self) -> None:
+        if self.config.optim.clip:
+            self.scaler.unscale_(self.optimizer)
+            optim.clip(self.optimizer, self.config.optim.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -100,6 +100,13 @@ class Network(nn.Module):
         grouped = _interleave(rows, groups)
         return self._embed(self.backbone(stems, seen.argsort()[grouped]), len(sizes), stage, grouped.argsort())
 
+    def layers_above(self, name: str) -> int:
+        """Layers between a parameter and the features: 0 for the heads', 1 for layer4's, ..., 5 for the stems'."""
+        part = name.removeprefix("backbone.")
+        if part == name:
+            return 0
+        return 5 - int(part[len("layer")]) if part.startswith("layer") else 5
+
     def _embed(self, maps: Tensor, kinds: int, stage: int, back: Tensor | None = None) -> Output:
         """Features of maps whose rows `back` puts in order, where they are not."""
         with torch.autocast(maps.device.type, enabled=False):
