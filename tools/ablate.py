@@ -122,17 +122,19 @@ def collect(
     """The lines of the table: all rows plain, then all rows re-ranked, as far as the table shows them."""
     found = []
     for row, cells in zip(table.rows, rows, strict=True):
-        good = [experiments.scores(cell) for cell in cells if cell.folder not in failed]
+        good = [experiments.scores(cell, table.rerank) for cell in cells if cell.folder not in failed]
         missing = f" ({len(good)} of {len(cells)} seeds)" if len(good) < len(cells) else ""
         found.append((row, missing, experiments.average(good) if good else []))
     lines = []
     for shown in table.shows:
         for row, missing, means in found:
             scores = [
-                score for score in means if score.protocol in protocols and f"{score.rerank} ".startswith(f"{shown} ")
+                score
+                for score in means
+                if score.protocol in protocols and f"{score.rerank} ".startswith(f"{row.rerank or shown} ")
             ]
             if scores or not means:
-                label = row.label + (f" + {shown}" if shown else "") + missing
+                label = row.label + (f" + {shown}" if shown and not row.rerank else "") + missing
                 lines.append(Line(label, scores, row.paper.get(f"{data_set} {shown}".strip(), ())))
     return lines
 

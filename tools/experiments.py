@@ -8,15 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from engine import config, runs
+from engine import checkpoint, config, runs
 from engine.config import Config, to_dict
 from engine.errors import UserError
-from engine.evaluate import Score, summary
+from engine.evaluate import Score, evaluate_checkpoint, summary
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,24 @@ def is_finished(run: Run) -> bool:
     return (run.folder / "results.md").is_file()
 
 
-def scores(run: Run) -> list[Score]:
-    """The scores of a finished run's last epoch."""
-    return [Score(**score) for score in json.loads(_lines(run.folder / "metrics.jsonl")[-1])["scores"]]
+def scores(run: Run, rerank: Sequence[str] = ()) -> list[Score]:
+    """The scores of a finished run's last epoch.
+
+    Args:
+        rerank: re-rankings, as `engine.rerank.Rerank.parse` takes them, to score its last network by instead; done once and
+            kept in the folder's scores.json.
+    """
+    if not rerank:
+        return [Score(**score) for score in json.loads(_lines(run.folder / "metrics.jsonl")[-1])["scores"]]
+    file = run.folder / "scores.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    key = " ".join(rerank)
+    if key not in known:
+        _say(f"scoring by {key}: {run.folder}")
+        fresh = evaluate_checkpoint(run.folder / "last.pt", runs.movable_overrides(run.config), rerank)
+        known[key] = [asdict(score) for score in fresh]
+        checkpoint.write(file, json.dumps(known, indent=2).encode())
+    return [Score(**score) for score in known[key]]
 
 
 def average(found: Sequence[Sequence[Score]]) -> list[Score]:

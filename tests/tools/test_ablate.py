@@ -16,7 +16,7 @@ from small_runs import write_settings
 
 from engine import checkpoint, config
 from engine.errors import UserError
-from engine.evaluate import Score
+from engine.evaluate import Score, evaluate_checkpoint
 from engine.trainer import Trainer
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -39,6 +39,12 @@ SMALL = Table(
     shows=("", "CMFP(te)"),
 )
 BRANCHES = Table("branches", tuple(Row(b, (*PLAIN.train, f"salcr.dagl.branch={b}")) for b in ("visible", "dual")))
+NEIGHBOURS = Table(
+    "k_te",
+    tuple(Row(f"CMFP(te), k_te = {k}", FULL, f"CMFP(te) k={k}") for k in (2, 20)),
+    shows=("CMFP(te)",),
+    rerank=("cmfp:2", "cmfp:20"),
+)
 
 
 class Inside:
@@ -81,7 +87,7 @@ def call(own):
         changes = [part for one in SHORT for part in ("--set", one)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["ablate.py", "--cfg", str(own), *changes, *map(str, arguments)])
-            for name, table in {"small": SMALL, "branches": BRANCHES}.items():
+            for name, table in {"small": SMALL, "branches": BRANCHES, "neighbours": NEIGHBOURS}.items():
                 patch.setitem(TABLES, name, table)
             return ablate.main()
 
@@ -127,6 +133,21 @@ def test_what_is_finished_is_kept_whichever_table_it_is_of_and_wherever_it_was_m
     assert rows == plain + [f"{label} + CMFP(te)" for label in plain]
     assert call("--table", "branches", "--seeds", 1, "--out", copied) == 0
     assert started == ["own-cmfp.enabled=false-dagl.branch=visible-seed0"]
+
+
+def test_neighbours_at_test_time_are_scored_on_the_one_run_and_kept(copied, started, call, capsys, monkeypatch):
+    assert call("--table", "neighbours", "--seeds", 1, "--out", copied) == 0
+    assert not started
+    shown = capsys.readouterr().out
+    expected = evaluate_checkpoint(copied / "own-seed0" / "last.pt", rerank=NEIGHBOURS.rerank)
+    for k in (2, 20):
+        row = next(line for line in shown.splitlines() if line.startswith(f"| CMFP(te), k_te = {k} "))
+        two = [s for s in expected if s.rerank == f"CMFP(te) k={k}" and "single-shot" in s.protocol]
+        numbers = [f"{score.values[name]:.2f}" for score in two for name in ablate.METRICS]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == numbers
+    monkeypatch.setattr(experiments, "evaluate_checkpoint", None)
+    assert call("--table", "neighbours", "--seeds", 1, "--out", copied) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_a_cell_is_the_second_stage_of_a_whole_run_and_goes_on_when_interrupted(
@@ -222,11 +243,11 @@ def test_the_papers_numbers_stand_beside_ours():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_is_settings(name):
-    data_set = "regdb" if name in ("10", "12", "fig6") else "sysu"
+    data_set = "regdb" if name in ("10", "12", "14", "fig6") else "sysu"
     rows = ablate.plan(TABLES[name], f"{data_set}.yaml", [], [7], Path("out"))
     assert len({row[0].after.folder for row in rows}) == 1
     folders = {row[0].folder.name for row in rows}
-    full = {"4": 0, "fig5": 2, "fig6": 2}.get(name, 1)  # rows that are SALCR as it is configured
+    full = {"4": 0, "13": 5, "14": 5, "fig5": 2, "fig6": 2}.get(name, 1)  # rows that are SALCR as it is configured
     assert [row[0].folder.name for row in rows].count(f"{data_set}-seed7") == full
     assert len(folders) == len(rows) - max(0, full - 1)
     assert all(len(numbers) in (2, 3, 6) for row in TABLES[name].rows for numbers in row.paper.values())
