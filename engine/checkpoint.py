@@ -14,7 +14,11 @@ from torch import nn
 from engine.errors import UserError
 
 
-def write(path: Path, content: bytes) -> None:
+def write(
+    path: Path,
+    content: bytes,
+    remedy: str = "make room or choose another folder by --out, then go on with --resume",
+) -> None:
     """Put `content` at `path` so that a reader, or a crash at any moment, sees the old file or the new one.
 
     Raises:
@@ -31,8 +35,7 @@ def write(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise UserError(
-            f"{path}: cannot be written ({reason}; {len(content) / 2**20:.1f} MiB needed); make room or choose another "
-            "folder by --out, then go on with --resume"
+            f"{path}: cannot be written ({reason}; {len(content) / 2**20:.1f} MiB needed); {remedy}"
         ) from error
 
 

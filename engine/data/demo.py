@@ -2,7 +2,7 @@
 
 docs/demo.md tells how it is made and why. Every identity and every image draws from a random generator of its own,
 seeded by what it is, so that neither the order nor the number of the others changes a byte. `VERSION` changes whenever
-a pixel does: scores compare only within a version.
+a pixel or a caption does: scores compare only within a version.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,8 +20,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from engine.data import sysu
+from engine.data import captions, sysu
 from engine.data.dataset import Dataset
+from engine.data.demo_captions import describe
 from engine.data.demo_drawing import CAMERAS, HEIGHT, WIDTH, draw
 from engine.data.demo_people import Person, people
 from engine.errors import UserError
@@ -77,7 +79,7 @@ def read(root: str | Path, *, split: Literal["test", "val"] = "test") -> Dataset
 
 
 def prepare(root: Path, size: Size | None = None) -> None:
-    """Have the demo data set at `root`: generate it, find it there, or refuse.
+    """Have the demo data set at `root`: generate it, find it there (and add captions that are missing), or refuse.
 
     It is made in a folder beside `root` that is renamed when complete, so that an interruption leaves no half of it.
 
@@ -88,6 +90,7 @@ def prepare(root: Path, size: Size | None = None) -> None:
     try:
         if (root / MARKER).is_file():
             _check_marker(root, size)
+            _add_captions(root, size)
         elif root.exists() and not (root.is_dir() and not any(root.iterdir())):
             raise UserError(
                 f"{root} is neither empty nor a demo data set (it has no {MARKER}); choose another data.root"
@@ -107,6 +110,11 @@ def prepare(root: Path, size: Size | None = None) -> None:
 def image(person: Person, pid: int, cam: int, number: int) -> Image.Image:
     """Image `number` of identity `pid` from camera `cam`."""
     return draw(person, CAMERAS[cam], np.random.default_rng((VERSION, pid, cam, number)))
+
+
+def caption(person: Person, pid: int, cam: int, number: int) -> tuple[str, str]:
+    """What a captioner says of that image, and a paraphrase; from a generator of their own, which leaves pixels alone."""
+    return describe(person, CAMERAS[cam].infrared, np.random.default_rng((VERSION, pid, cam, number, 1)))
 
 
 def sheet(pids: Sequence[int], images: int = 2) -> Image.Image:
@@ -141,18 +149,51 @@ def _write(folder: Path, size: Size) -> None:
     (folder / "exp").mkdir(parents=True)
     for name, pids in lists.items():
         (folder / "exp" / f"{name}_id.txt").write_text(",".join(map(str, pids)) + "\n")
-    persons = people(lists["test"].stop - 1, VERSION)
+    persons = _persons(size)
     with tqdm(
         total=len(persons) * len(CAMERAS) * size.images, desc="drawing the demo data set", unit="image", disable=None
     ) as progress:
         for pid, person in enumerate(persons, start=1):
             for cam in CAMERAS:
-                where = folder / f"cam{cam}" / f"{pid:04d}"
-                where.mkdir(parents=True)
+                (folder / _name(pid, cam, 1)).parent.mkdir(parents=True)
                 for number in range(1, size.images + 1):
-                    image(person, pid, cam, number).save(where / f"{number:04d}.jpg", quality=JPEG_QUALITY)
+                    image(person, pid, cam, number).save(folder / _name(pid, cam, number), quality=JPEG_QUALITY)
                     progress.update()
+    _write_captions(folder, size, persons)
     (folder / MARKER).write_text(json.dumps(_marker(size)) + "\n")
+
+
+def _write_captions(folder: Path, size: Size, persons: Sequence[Person]) -> None:
+    for cams, file in zip(sysu.CAMERAS, captions.FILES, strict=True):
+        content = {
+            str(folder / _name(pid, cam, number)): caption(person, pid, cam, number)
+            for pid, person in enumerate(persons, start=1)
+            for cam in cams
+            for number in range(1, size.images + 1)
+        }
+        captions.save(folder / file, folder, content)
+
+
+def _add_captions(root: Path, size: Size) -> None:
+    """The captions of a data set that was made before there were any, or that lost them."""
+    missing = [file for file in captions.FILES if not (root / file).is_file()]
+    if not missing:
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix=".captions-", dir=root) as scratch:
+            _write_captions(Path(scratch), size, _persons(size))
+            for file in missing:
+                (Path(scratch) / file).replace(root / file)
+    except (OSError, UserError) as error:
+        warnings.warn(f"{root}: captions cannot be added ({error}); methods that read them will not run", stacklevel=2)
+
+
+def _persons(size: Size) -> list[Person]:
+    return people(size.lists()["test"].stop - 1, VERSION)
+
+
+def _name(pid: int, cam: int, number: int) -> str:
+    return f"cam{cam}/{pid:04d}/{number:04d}.jpg"
 
 
 def _move(made: Path, root: Path, size: Size) -> None:

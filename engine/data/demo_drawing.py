@@ -163,7 +163,9 @@ def figure(person: Person, pose: Pose) -> list[Part]:
     return (_figure_side if pose.view == "side" else _figure_upright)(person, pose)
 
 
-def _stuffs(person: Person) -> dict[str, Stuff]:
+def stuffs(person: Person) -> dict[str, Stuff]:
+    """What the person's parts are made of, by the part's name."""
+
     def garment(one: Garment) -> Stuff:
         return Stuff(COLOURS[one.colour], CLOTHS[one.cloth], one.pattern, one.period)
 
@@ -180,7 +182,7 @@ def _stuffs(person: Person) -> dict[str, Stuff]:
 
 def _figure_upright(person: Person, pose: Pose) -> list[Part]:
     """Front and back views; seen from behind, left and right change places."""
-    stuff, build = _stuffs(person), BUILDS[person.build]
+    stuff, build = stuffs(person), BUILDS[person.build]
     back = pose.view == "back"
     hand_side = 1 if back else -1  # bags are carried on the person's right
     parts: list[Part] = []
@@ -229,7 +231,7 @@ def _figure_upright(person: Person, pose: Pose) -> list[Part]:
 
 def _figure_side(person: Person, pose: Pose) -> list[Part]:
     """The side view, facing right, mirrored when the person faces left."""
-    stuff, build = _stuffs(person), BUILDS[person.build]
+    stuff, build = stuffs(person), BUILDS[person.build]
     parts: list[Part] = []
 
     def add(name: str, polygon: np.ndarray) -> None:

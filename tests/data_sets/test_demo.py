@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.data import demo, demo_people, sysu
+from engine.data import captions, demo, demo_captions, demo_people, sysu
 from engine.data.demo_drawing import CAMERAS, HEIGHT, WIDTH, Stuff
 from engine.errors import UserError
 
@@ -37,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_layout_is_that_of_sysu(root: Path) -> None:
     images = {f"cam{cam}/{pid:04d}/0001.jpg" for cam in range(1, 7) for pid in range(1, 6)}
     lists = {f"exp/{name}_id.txt" for name in ("train", "val", "test")}
-    assert set(contents(root)) == images | lists | {demo.MARKER}
+    assert set(contents(root)) == images | lists | {demo.MARKER, *captions.FILES}
     assert [(root / "exp" / f"{name}_id.txt").read_text() for name in ("train", "val", "test")] == [
         "1,2\n",
         "3\n",
@@ -176,3 +178,111 @@ def test_sheet_shows_every_camera(persons: list[demo_people.Person]) -> None:
     corner = 3 * (WIDTH + 2), HEIGHT + 2  # second row, fourth visible camera
     shown = sheet.crop((*corner, corner[0] + WIDTH, corner[1] + HEIGHT))
     assert shown.tobytes() == demo.image(persons[4], 5, 5, 1).tobytes()
+
+
+def test_captions_of_this_version_stay_as_they_are(persons: list[demo_people.Person]) -> None:
+    """As with the identities above: if this fails, the demo changed."""
+    third, first = persons[2], persons[0]
+    assert demo.caption(third, 3, 1, 1)[0] == (
+        "the person wears a grey jumper, an orange checked skirt and violet footwear, "
+        "has blond hair cut short and a brown shoulder bag"
+    )
+    assert demo.caption(third, 3, 1, 1)[1] == (
+        "a pedestrian carrying a brown shoulder bag, dressed in a grey sweater, an orange checked skirt and violet shoes, "
+        "having short blond hair"
+    )
+    assert demo.caption(third, 3, 3, 1)[0] == (
+        "the person wears a light jumper, a bright plaid skirt and dark shoes, has short hair and a dark shoulder bag"
+    )
+    assert first.hair == "shaved" and demo.caption(first, 1, 1, 1)[1] == (  # an error
+        "a person with a baseball cap, wearing a navy blue two-tone sweater, short red trousers and black shoes, "
+        "carrying a sky blue backpack"
+    )
+    texts = [demo.caption(person, pid, cam, 1) for pid, person in enumerate(persons, 1) for cam in CAMERAS]
+    digest = hashlib.sha256("\n".join(map(repr, texts)).encode()).hexdigest()
+    assert (demo.VERSION, digest) == (1, "d04cc21b84925b1221201b95c0d8b983e2086c007a84a97ea6b37ae1ec63c9e5")
+
+
+def test_infrared_captions_name_no_colour(persons: list[demo_people.Person]) -> None:
+    tones = {*demo_people.COLOURS, *demo_people.HAIR_SHADES}
+    colours = {word for tone in tones for text in demo_captions.TONE_WORDS.get(tone, (tone,)) for word in text.split()}
+    colours -= {"light", "dark"}  # of "light blue"; alone they are shades
+    visible, infrared = (
+        {word for pid, person in enumerate(persons, 1) for text in demo.caption(person, pid, cam, 1)
+         for word in re.findall(r"[\w-]+", text)}
+        for cam in (1, 3)
+    )  # fmt: skip
+    assert colours <= visible
+    assert not colours & infrared
+
+
+@pytest.mark.parametrize("infrared", [False, True])
+def test_captioners_err_at_the_set_rate(persons: list[demo_people.Person], infrared: bool) -> None:
+    rng = np.random.default_rng(0)
+    truths = [demo_captions.truth(person, infrared) for person in persons] * 20
+    pairs = [
+        (thing, seen.get(part))
+        for truth in truths
+        for seen in [demo_captions.misread(truth, infrared, rng)]
+        for part, thing in truth.items()
+    ]
+    wrong = [(thing, seen) for thing, seen in pairs if thing != seen]
+    rate = demo_captions.ERROR_RATE
+    assert len(wrong) / len(pairs) == pytest.approx(rate, abs=5 * (rate * (1 - rate) / len(pairs)) ** 0.5)
+    assert {
+        "left out" if seen is None else next(name for name, value in vars(thing).items() if value != vars(seen)[name])
+        for thing, seen in wrong
+    } == {"left out", "kind", "tone", "pattern"}
+
+
+def test_a_caption_and_its_paraphrase_differ_in_words_alone() -> None:
+    things = {"hair": demo_captions.Thing("cap", "orange"), "upper": demo_captions.Thing("coat", "navy", "dots")}
+    texts = {
+        demo_captions.tell(things, template, np.random.default_rng(seed))
+        for template in range(len(demo_captions.TEMPLATES))
+        for seed in range(20)
+    }
+    assert len(texts) > 20
+    for text in texts:
+        assert re.search(r"an orange (baseball )?cap", text)
+        assert re.search(r"(navy|dark) blue (dotted|spotted) (coat|jacket)", text)
+        assert "  " not in text and "bag" not in text
+
+
+def test_every_image_of_the_demo_has_a_caption(root: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = sysu.read(root, counts=TINY.counts())
+        for images in (dataset.train, dataset.test):
+            read = captions.read(images, root)
+            assert read.map(len) == images.map(len)
+            assert all(
+                one != other for side in read for one, other in zip(side.description, side.paraphrase, strict=True)
+            )
+
+
+def test_captions_are_added_to_a_demo_made_before_there_were_any(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(root, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.jpg")}
+    (folder / captions.FILES.vis).unlink()
+    (folder / captions.FILES.ir).write_text("{}")  # one's own captions stay
+    demo.prepare(folder, TINY)
+    assert contents(folder) == contents(root) | {captions.FILES.ir: b"{}"}
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.jpg")}
+
+
+def test_a_demo_that_cannot_get_captions_is_used_without(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(root, folder)
+    (folder / captions.FILES.vis).unlink()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(captions, "save", refuse)
+    with pytest.warns(UserWarning, match="captions cannot be added"):
+        demo.prepare(folder, TINY)
+    assert not list(folder.glob(".captions*"))
