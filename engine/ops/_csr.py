@@ -10,8 +10,12 @@ from torch import Tensor
 
 def build(row_counts: Tensor, columns: Tensor, values: Tensor, column_count: int) -> Tensor:
     """The CSR matrix whose row i holds the next `row_counts[i]` of `columns` (ascending in a row) and `values`."""
-    starts = torch.cat([row_counts.new_zeros(1), row_counts.cumsum(0)])
-    return from_starts(starts, columns, values, column_count)
+    return from_starts(starts_of(row_counts), columns, values, column_count)
+
+
+def starts_of(row_counts: Tensor) -> Tensor:
+    """Where rows of so many entries begin, and the end of the last, `[rows + 1]` int64."""
+    return torch.cat([row_counts.new_zeros(1, dtype=torch.int64), row_counts.cumsum(0)])
 
 
 def from_starts(starts: Tensor, columns: Tensor, values: Tensor, column_count: int) -> Tensor:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.ops import _check, _csr
+from engine.ops import _check, _csr, _cuda
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, check_precision
-from engine.ops.topk import topk
+from engine.ops.topk import GPU_MOST, topk
+
+ROWS_PER_BLOCK = 8
+"""Of a block of warps, on the GPU."""
 
 
 @torch.no_grad()
@@ -51,3 +54,18 @@ def reference(queries: Tensor, bank: Tensor, k: int, *, precision: str = "ieee")
     values = values.gather(1, order).masked_fill(~kept, 0)
     weights = values / values.sum(dim=1, keepdim=True)
     return _csr.build(kept.sum(dim=1), columns[kept], weights[kept], bank_count)
+
+
+def cuda(queries: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") -> Tensor:
+    """csrc/affinity.cu, after the search: a warp per row. Waits for the device once, as CSR has no room to spare."""
+    k = min(k, len(bank))
+    if k > GPU_MOST:
+        return reference(queries, bank, k, precision=precision)
+    values, indices = topk(queries, bank, k, precision=precision)
+    values = values.float()
+    starts = _csr.starts_of((values > 0).sum(dim=1))
+    columns = starts.new_empty(int(starts[-1]))
+    weights = torch.empty_like(columns, dtype=torch.float32)
+    arguments = values, indices, len(values), k, starts, columns, weights
+    _cuda.launch("affinity", "affinity_write_kernel", -(-len(values) // ROWS_PER_BLOCK), 256, arguments)
+    return _csr.from_starts(starts, columns, weights, len(bank))

@@ -162,8 +162,8 @@ def _expanded_on_gpu(features: Tensor, rank: Tensor, half: int, k2: int) -> tupl
     _launch("accept", count, near, near_sizes, k1, halves, half_sizes, half, lengths)
     sets, sizes = (near, near_sizes, k1, halves, half, lengths, cursors), _nodes(rank, count)
     _launch("members", count, *sets, None, None, sizes, merges=True)
-    starts = _starts(sizes)
-    bounds = _starts(sizes[rank[:, :k2].clamp(0, count - 1)].sum(1))
+    starts = _csr.starts_of(sizes)
+    bounds = _csr.starts_of(sizes[rank[:, :k2].clamp(0, count - 1)].sum(1))
     member_count, bound = torch.stack([starts[-1], bounds[-1]]).tolist()
 
     members, shares = _nodes(rank, member_count), rank.new_empty(member_count, dtype=torch.float64)
@@ -189,7 +189,11 @@ def _distance_on_gpu(bounds: Tensor, sizes: Tensor, columns: Tensor, values: Ten
     count, bound = len(sizes), len(columns)
     column_counts = torch.zeros_like(sizes)
     _launch("count", count, bounds, sizes, columns, column_counts)
-    turned_starts, turned_rows, turned_values = _starts(column_counts), _nodes(bounds, bound), torch.empty_like(values)
+    turned_starts, turned_rows, turned_values = (
+        _csr.starts_of(column_counts),
+        _nodes(bounds, bound),
+        torch.empty_like(values),
+    )
     turned = turned_starts, turned_rows, turned_values
     _launch("turn", count, bounds, sizes, columns, values, turned_starts, column_counts, turned_rows, turned_values)
     _launch("sort", count, *turned)
@@ -197,7 +201,7 @@ def _distance_on_gpu(bounds: Tensor, sizes: Tensor, columns: Tensor, values: Ten
     weights = bounds, sizes, columns, values, *turned, full, _nodes(bounds, bound + count)
     counts = torch.empty_like(sizes)
     _launch("distance", count, *weights, None, None, None, counts, merges=True)
-    starts = _starts(counts)
+    starts = _csr.starts_of(counts)
     neighbors = bounds.new_empty(int(starts[-1]))
     distances = neighbors.new_empty(len(neighbors), dtype=torch.float32)
     _launch("distance", count, *weights, starts, neighbors, distances, counts, merges=True)
@@ -213,8 +217,3 @@ def _launch(name: str, count: int, *arguments: Tensor | int | None, merges: bool
 
 def _nodes(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.int32)
-
-
-def _starts(counts: Tensor) -> Tensor:
-    """Where rows of so many entries begin, and the end, `[N + 1]` int64."""
-    return torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)])

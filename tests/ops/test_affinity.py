@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from emulated import cuda_backend
 from graph_checks import fixture, same_bits_for_any_thread_count, stored, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import ops
+from engine.ops.affinity import cuda
 
 
 def row_by_row(queries, bank, k):
@@ -31,6 +35,22 @@ def test_keeps_the_largest_positive_similarities_and_the_lower_index_on_ties(row
     torch.testing.assert_close(stored(graph), row_by_row(queries, bank, k), rtol=1e-14, atol=0)
 
 
+def test_long_rows_on_the_emulator(monkeypatch):
+    """More neighbours than a warp has lanes, unknown and infinite ones, and more than the kernels are for."""
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = (torch.randint(-2, 3, (count, 9), generator=generator).float() for count in (21, 150))
+    bank[::40, 3], bank[1::40, 2] = torch.nan, torch.inf
+    for most, k in ((2048, 140), (2048, 200), (99, 140)):
+        monkeypatch.setitem(cuda.__globals__, "GPU_MOST", most)
+        with ops.use_backend("reference"):
+            expected = ops.affinity(queries, bank, k)
+        with cuda_backend():
+            graph = ops.affinity(queries, bank, k)
+        assert torch.equal(graph.crow_indices(), expected.crow_indices())
+        assert torch.equal(graph.col_indices(), expected.col_indices())
+        torch.testing.assert_close(graph.values(), expected.values(), equal_nan=True)
+
+
 def test_any_vector_instructions_give_the_same_graph(isa):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(-2, 3, (530, 9), generator=generator).float()  # small integers: exact, many ties
@@ -39,11 +59,13 @@ def test_any_vector_instructions_give_the_same_graph(isa):
 
 
 @pytest.mark.parametrize("name", ["a1_cmfp_train_clustered", "a2_cmfp_train_negatives_k40"])
-def test_reproduces_the_blocks_of_the_released_graph(name):
+@pytest.mark.parametrize("running_on", [nullcontext, cuda_backend])
+def test_reproduces_the_blocks_of_the_released_graph(name, running_on):
     arrays = fixture(name)
     sides = {"v": arrays["Fv"], "r": arrays["Fr"]}
     for block in ("vv", "vr", "rv", "rr"):
-        graph = ops.affinity(sides[block[0]], sides[block[1]], int(arrays["k"]))
+        with running_on():
+            graph = ops.affinity(sides[block[0]], sides[block[1]], int(arrays["k"]))
         torch.testing.assert_close(stored(graph), arrays[f"A_{block}"], rtol=0, atol=1e-5)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,9 +38,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 FORMS = [(name, backend) for name in sorted(CALLS) for backend in ORDER["cuda"] if exists(name, backend)]
-FORMS += [("affinity", AUTOMATIC), ("ot_assign", AUTOMATIC)]
+FORMS += [("ot_assign", AUTOMATIC)]
 # affinity and jaccard store as much as they find; sinkhorn in Triton looks whether it may stop.
-WAITING = {("affinity", AUTOMATIC), ("jaccard", "cuda"), ("sinkhorn", "triton")}
+WAITING = {("affinity", "cuda"), ("jaccard", "cuda"), ("sinkhorn", "triton")}
 LOSSES = {(name, backend) for name, backend in FORMS if name.endswith("contrast")}
 NEVER_WAITING = [form for form in FORMS if form in LOSSES or (form[1] != "reference" and form not in WAITING)]
 TEMPERATURE = 0.05
@@ -128,6 +129,21 @@ def test_is_captured_in_a_graph_and_replayed(name):
         captured = run(name, "cuda", arguments)
     graph.replay()
     assert same_bits(captured, expected)
+
+
+@pytest.mark.parametrize("name", ["affinity"])
+def test_waits_for_the_device_once(name):
+    run(name, "cuda")  # the first call may compile
+    arguments = arguments_of(name)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run(name, "cuda", arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([warning for warning in said if "synchronizing" in str(warning.message)]) == 1
 
 
 @pytest.mark.skipif(not exists("memory_update_", "cuda"), reason="memory_update_ has no cuda back end")
