@@ -9,19 +9,21 @@ constexpr int kBlockThreads = 256;  // of every kernel that uses block_...
 constexpr int kBlockWarps = kBlockThreads / kWarpThreads;
 
 // The sum over a warp, the same bits in every lane: of halves, quarters, ...
-__device__ inline float warp_sum(float value) {
+template <typename Value>
+__device__ Value warp_sum(Value value) {
   for (int lanes = kWarpThreads / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kWholeWarp, value, lanes);
   return value;
 }
 
 // The sum over a block, the same bits in every thread. All threads must call it.
-__device__ inline float block_sum(float value) {
-  __shared__ float parts[kBlockWarps];
+template <typename Value>
+__device__ Value block_sum(Value value) {
+  __shared__ Value parts[kBlockWarps];
   const int lane = threadIdx.x % kWarpThreads;
   value = warp_sum(value);
   if (lane == 0) parts[threadIdx.x / kWarpThreads] = value;
   __syncthreads();
-  value = warp_sum(lane < kBlockWarps ? parts[lane] : 0.0f);
+  value = warp_sum(lane < kBlockWarps ? parts[lane] : Value(0));
   __syncthreads();  // before the next sum overwrites the parts
   return value;
 }

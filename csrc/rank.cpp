@@ -204,11 +204,9 @@ void rank(const Real* distance, const Index* query_ids, const Index* gallery_ids
     Ranker<Real> ranker(identities, gallery, count_before);
     for (Index query = begin; query < end; ++query) {
       ranker.start(distance + query * gallery, query_ids[query]);
-      if (protocol == Protocol::sysu && query_cams[query] == 3) {
-        ranker.hide(same_place, [](Index) { return true; });
-      } else if (protocol == Protocol::llcm) {
-        ranker.hide(ranker.hits(), [&](Index image) { return gallery_cams[image] == query_cams[query]; });
-      }
+      const bool own = protocol == Protocol::llcm;
+      const auto hidden = [&](Index image) { return hides(protocol, query_cams[query], gallery_cams, image, own); };
+      if (protocol != Protocol::plain) ranker.hide(own ? ranker.hits() : same_place, hidden);
       before[query] = -1;
       if (ranker.hits().empty()) continue;
       const std::vector<Index>& places = ranker.find_places();

@@ -29,6 +29,19 @@ ENGINE_HOST_DEVICE inline std::uint32_t bits_of_float(float value) {
 #endif
 }
 
+// Bits that ascend as values do; the greatest for NaN, the same for both zeros.
+ENGINE_HOST_DEVICE inline std::uint32_t ascending_bits(float value) {
+  constexpr std::uint32_t kSign = 0x80000000u;
+  if (value != value) return 0xffffffffu;
+  const std::uint32_t bits = bits_of_float(value == 0 ? 0.0f : value);
+  return bits & kSign ? ~bits : bits | kSign;
+}
+
+ENGINE_HOST_DEVICE inline float float_of_ascending_bits(std::uint32_t bits) {
+  constexpr std::uint32_t kSign = 0x80000000u;
+  return float_of_bits(bits & kSign ? bits ^ kSign : ~bits);
+}
+
 // Exact, and free of branches: loops over them become vector instructions.
 struct Float16 {
   std::uint16_t bits;

@@ -14,18 +14,16 @@ using engine::kBlockThreads;
 using Candidate = std::uint64_t;
 
 constexpr Candidate kNoCandidate = 0;  // below that of -inf
-constexpr std::uint32_t kSign = 0x80000000u, kAllBits = 0xffffffffu;
+constexpr std::uint32_t kAllBits = 0xffffffffu;
 constexpr int kValues = 4;  // that a thread looks at between two meetings of the block
 
 __device__ Candidate candidate_of(float value, std::int64_t row) {
-  const std::uint32_t bits = engine::bits_of_float(value == 0 ? 0.0f : value);  // -0 is as large as 0
-  const std::uint32_t ascending = value != value ? kAllBits : bits & kSign ? ~bits : bits | kSign;
-  return static_cast<Candidate>(ascending) << 32 | (kAllBits - static_cast<std::uint32_t>(row));
+  const Candidate bits = engine::ascending_bits(value);
+  return bits << 32 | (kAllBits - static_cast<std::uint32_t>(row));
 }
 
 __device__ float value_of(Candidate candidate) {
-  const std::uint32_t ascending = static_cast<std::uint32_t>(candidate >> 32);
-  return engine::float_of_bits(ascending & kSign ? ascending ^ kSign : ~ascending);
+  return engine::float_of_ascending_bits(static_cast<std::uint32_t>(candidate >> 32));
 }
 
 __device__ std::int64_t row_of(Candidate candidate) { return kAllBits - static_cast<std::uint32_t>(candidate); }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 from unittest import mock
@@ -684,15 +684,15 @@ def ot_assign_cases(size: Size, make: Maker) -> Iterator[Case]:
 
 
 def rank_cases(size: Size, make: Maker) -> Iterator[Case]:
-    def scores(*arguments: Tensor) -> Tensor:
-        result = ops.rank(*arguments)
+    def scores(*arguments: Tensor, protocol: str = "plain") -> Tensor:
+        result = ops.rank(*arguments, protocol=protocol)
         return torch.cat([result.cmc, result.cmc.new_tensor([result.mAP, result.mINP])])
 
     for queries, gallery, identities in size.rankings:
         distance = make.uniform(queries, gallery)
-        ids = make.integers(0, identities, queries + gallery)
+        ids, cams = (make.integers(0, high, queries + gallery) for high in (identities, 9))
         inputs = (distance, ids[:queries], ids[queries:])
-        yield Case(
+        plain = Case(
             op="rank",
             form="",
             size=f"{queries} x {gallery}",
@@ -703,6 +703,11 @@ def rank_cases(size: Size, make: Maker) -> Iterator[Case]:
             agree=close,
             peers={"field's Python": Peer(peers.rank, on_gpu=False)},
             goals={"field's Python": 50},
+        )
+        yield plain
+        seen = (*inputs, cams[:queries], cams[queries:])
+        yield replace(
+            plain, form="llcm", inputs=lambda seen=seen: seen, call=partial(scores, protocol="llcm"), peers={}, goals={}
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.ops import _check
+from engine.ops import _check, _cuda
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype
 
@@ -146,6 +146,41 @@ def cpu(
     )
     valid = before >= 0
     return _average([(before[valid], precision[valid], penalty[valid])], max_rank)
+
+
+def cuda(
+    distance: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cams: Tensor | None = None,
+    gallery_cams: Tensor | None = None,
+    *,
+    protocol: str = "plain",
+    max_rank: int = 20,
+) -> Ranking:
+    """csrc/rank.cu: a block per query puts its hits in order and counts what stands before them. Waits for the device
+    once, for the means.
+    """
+    query_count, gallery_count = distance.shape
+    if gallery_count > torch.iinfo(torch.int32).max:
+        return reference(
+            distance, query_ids, gallery_ids, query_cams, gallery_cams, protocol=protocol, max_rank=max_rank
+        )
+    distance, query_ids, gallery_ids = distance.contiguous(), query_ids.contiguous(), gallery_ids.contiguous()
+    query_cams, gallery_cams = (None if cams is None else cams.contiguous() for cams in (query_cams, gallery_cams))
+    ids, order = gallery_ids.sort(stable=True)
+    # The number of an identity is the place of its first image in this order.
+    identities, begins = (torch.searchsorted(ids, wanted, out_int32=True) for wanted in (gallery_ids, query_ids))
+    ends = torch.searchsorted(ids, query_ids, out_int32=True, right=True)
+    found = torch.zeros(max_rank + 1, dtype=torch.int64, device=distance.device)
+    scores = torch.empty(2, query_count, dtype=torch.float64, device=distance.device)
+    gallery = order, begins, ends, identities, query_cams, gallery_cams, gallery_count
+    arguments = distance, *gallery, PROTOCOLS.index(protocol), max_rank, found, scores
+    _cuda.launch("rank", f"rank_{_cuda.name_of(distance.dtype)}_kernel", query_count, 256, arguments)
+    totals = torch.cat([found.cumsum(0).double(), scores.sum(dim=1)]).cpu()
+    valid_count = int(totals[max_rank])
+    means = totals / max(valid_count, 1)
+    return Ranking(means[:max_rank], float(means[-2]), float(means[-1]), valid_count)
 
 
 def _score(same: Tensor, hidden: Tensor, identities: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,7 +44,10 @@ CALLS: dict[str, tuple[Arguments, dict[str, Any]]] = {
     "neighbor_contrast": ((FEATURES, BANK, integers(-1, BANK_ROWS, ROWS, 11), 0.05), {}),
     "ot_assign": ((BANK, FEATURES, 0.1), TRANSPORT),
     "propagate": ((sparse(ROWS, BANK_ROWS, 0.1), BANK), {}),
-    "rank": ((uniform(ROWS, BANK_ROWS), integers(0, 9, ROWS), integers(0, 9, BANK_ROWS)), {}),
+    "rank": (
+        (uniform(ROWS, BANK_ROWS), *(integers(0, high, count) for high in (9, 4) for count in (ROWS, BANK_ROWS))),
+        {"protocol": "llcm"},
+    ),
     "segment_mean": ((BANK, integers(-1, 9, BANK_ROWS), 10), {}),
     "set_intersection": ((integers(-1, 40, ROWS, 17), integers(-1, 40, ROWS, 9)), {}),
     "set_union": ((integers(-1, 40, ROWS, 17), integers(-1, 40, ROWS, 9)), {}),

@@ -39,8 +39,8 @@ pytestmark = [
 ]
 FORMS = [(name, backend) for name in sorted(CALLS) for backend in ORDER["cuda"] if exists(name, backend)]
 FORMS += [("ot_assign", AUTOMATIC)]
-# affinity and jaccard store as much as they find; sinkhorn in Triton looks whether it may stop.
-WAITING = {("affinity", "cuda"), ("jaccard", "cuda"), ("sinkhorn", "triton")}
+# affinity and jaccard store as much as they find; rank gives numbers; sinkhorn in Triton looks whether it may stop.
+WAITING = {("affinity", "cuda"), ("jaccard", "cuda"), ("rank", "cuda"), ("sinkhorn", "triton")}
 LOSSES = {(name, backend) for name, backend in FORMS if name.endswith("contrast")}
 NEVER_WAITING = [form for form in FORMS if form in LOSSES or (form[1] != "reference" and form not in WAITING)]
 TEMPERATURE = 0.05
@@ -131,7 +131,7 @@ def test_is_captured_in_a_graph_and_replayed(name):
     assert same_bits(captured, expected)
 
 
-@pytest.mark.parametrize("name", ["affinity"])
+@pytest.mark.parametrize("name", ["affinity", "rank"])
 def test_waits_for_the_device_once(name):
     run(name, "cuda")  # the first call may compile
     arguments = arguments_of(name)
