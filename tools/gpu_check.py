@@ -4,9 +4,10 @@
     python tools/gpu_check.py --readme
 
 It builds engine._C in place, runs the tests marked `gpu`, with `--sanitize` every operator under compute-sanitizer, and
-`bench_kernels.py --device cuda`; what takes longer than `--minutes` is cut short and says so. One JSON in docs/gpu/
-holds the machine, versions, commit, a hash of kernels/ and csrc/, the outcome of every test and every timing; a page
-beside it shows them. `--readme` writes what the README says of GPUs, from the newest of these files and nothing else.
+`bench_kernels.py --device cuda`, after `profile_step.py` for a step of training; what takes longer than `--minutes` is cut
+short and says so. One JSON in docs/gpu/ holds the machine, versions, commit, a hash of kernels/ and csrc/, the outcome of
+every test and every timing; a page beside it shows them. `--readme` writes what the README says of GPUs, from the newest of
+these files and nothing else.
 
 Exit status: 0 when all went well, 1 when something failed or was left out, 2 without a GPU.
 """
@@ -70,6 +71,7 @@ class Record:
         sources: `source_hash()` of what was run.
         tests: name, outcome, seconds, and why it did not pass.
         benchmark: what `bench_kernels.py --json` writes, or None.
+        step: what `profile_step.py --json` writes of a SALCR step at the sizes of SYSU-MM01, or None.
     """
 
     date: str
@@ -80,6 +82,7 @@ class Record:
     steps: list[Step] = field(default_factory=list)
     tests: list[dict[str, Any]] = field(default_factory=list)
     benchmark: dict[str, Any] | None = None
+    step: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> Record:
@@ -226,14 +229,18 @@ def exercise(backends: list[str]) -> None:
     torch.cuda.synchronize()
 
 
-def bench(limit: float) -> tuple[Step, dict[str, Any] | None]:
-    """The benchmark on the GPU, and what it wrote."""
+MEASUREMENTS = {
+    "training step": ("tools/profile_step.py", "--cfg", "sysu.yaml", "--set", "device=cuda", "--steps", 10),
+    "benchmark": ("tools/bench_kernels.py", "--device", "cuda", "--budget", 3, "--keep-going"),
+}
+
+
+def measure(name: str, limit: float) -> tuple[Step, dict[str, Any] | None]:
+    """One of `MEASUREMENTS`, and what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder, "rows.json")
-        command = (sys.executable, "tools/bench_kernels.py", "--device", "cuda", "--budget", 3, "--keep-going")
-        command += ("--json", rows)
-        step = run("benchmark", command, limit)
-        return step, json.loads(rows.read_text()) if rows.is_file() else None
+        written = Path(folder, "written.json")
+        step = run(name, (sys.executable, *MEASUREMENTS[name], "--json", written), limit)
+        return step, json.loads(written.read_text()) if written.is_file() else None
 
 
 def check(arguments: argparse.Namespace) -> Record:
@@ -252,7 +259,9 @@ def check(arguments: argparse.Namespace) -> Record:
     if arguments.sanitize:
         record.steps += sanitize(clock)
     if not arguments.tests_only:
-        step, record.benchmark = bench(clock.left())
+        step, record.step = measure("training step", clock.left() / 3)
+        record.steps.append(step)
+        step, record.benchmark = measure("benchmark", clock.left())
         record.steps.append(step)
     return record
 
@@ -321,6 +330,17 @@ def timings(benchmark: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def step_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows of `profile_step.py`; what is part of something stands under it."""
+    body = []
+    for row in rows:
+        name = "- " * (len(row["path"]) - 1) + row["path"][-1] if row["path"] else "**all of the step**"
+        times = row["forward"], row["backward"], row["forward"] + row["backward"]
+        rest = "" if row["rest"] is None else f"{row['rest']:.1%}"
+        body.append((name, *(f"{time:,.1f}" for time in times), f"{row['share']:.1%}", rest))
+    return table(("part", "forward ms", "backward ms", "both", "of the step", "of all but the backbone"), body)
+
+
 TITLES = ("operator", "size", "dtype", "back end", "median ms", "of ceiling", "times faster than the fastest other")
 
 
@@ -342,6 +362,9 @@ def page(record: Record) -> str:
             parts += [f"`{row['name']}` {row['outcome']}:", f"```\n{row['why'].strip()}\n```"]
     if record.benchmark:
         parts += ["## Timings", table(TITLES, timings(record.benchmark))]
+    if record.step:
+        parts += ["## A training step", table(("", ""), record.step["facts"].items())]
+        parts += [step_table(record.step["rows"])]
     return "\n\n".join(parts) + "\n"
 
 

@@ -39,6 +39,13 @@ RECORD = Record(
         {"name": "tests/ops/test_gpu.py::b", "outcome": "failed", "seconds": 0.1, "why": "assert 1 == 2"},
     ],
     benchmark=BENCHMARK,
+    step={
+        "facts": {"precision": "fp32"},
+        "rows": [
+            {"path": [], "forward": 30.0, "backward": 60.0, "share": 1.0, "rest": None},
+            {"path": ["GPCR", "topk"], "forward": 9.0, "backward": 0.0, "share": 0.1, "rest": 0.9},
+        ],
+    },
 )
 
 
@@ -64,10 +71,11 @@ def test_a_file_holds_all_of_a_run(tmp_path):
     path = RECORD.write(tmp_path)
     assert path.name == "20260102030405-nvidia-h200-abc1234.json"
     assert Record.read(path) == RECORD
-    fields = {"date", "commit", "sources", "machine", "versions", "steps", "tests", "benchmark"}
+    fields = {"date", "commit", "sources", "machine", "versions", "steps", "tests", "benchmark", "step"}
     assert set(json.loads(path.read_text())) == fields
     page = path.with_suffix(".md").read_text()
     assert all(part in page for part in (LINE, "1 failed, 1 passed", "assert 1 == 2", "failed with exit status 1"))
+    assert "| - topk | 9.0 | 0.0 | 9.0 | 10.0% | 90.0% |" in page
 
 
 def test_without_a_file_timings_are_still_to_be_measured(tmp_path):
