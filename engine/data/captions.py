@@ -82,8 +82,8 @@ def load(file: Path, root: Path) -> dict[str, tuple[str, str]]:
     what = 'a JSON object {"<image path>": {"description": "...", "aug_description": "..."}}'
     if not file.is_file():
         raise UserError(
-            f"{file} not found: expected captions of the images in {root}, {what}; put the file there, or make it: "
-            "python tools/caption.py --help"
+            f"{file} not found: expected captions of the images in {root}, {what}; put the file there, name "
+            "another one in firm.captions, or make it: python tools/caption.py --help"
         )
     try:
         content = json.loads(file.read_bytes())

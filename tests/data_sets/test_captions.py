@@ -138,7 +138,7 @@ def test_damaged_files_are_refused_with_what_was_expected(
 
 def test_a_missing_file_says_what_to_get_and_where_to_put_it(root: Path, images: Pair[Images]) -> None:
     for folder in (root, root / "nowhere"):
-        with pytest.raises(UserError, match=r"put the file there, or make it: .*tools/caption\.py") as error:
+        with pytest.raises(UserError, match=r"put the file there, .*firm\.captions, .*tools/caption\.py") as error:
             captions.read(images, folder, missing="empty")
         assert str(folder / "captions_vis.json") in str(error.value)
 
