@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from engine.allocator import keep_freed_memory
+
 
 class UserError(Exception):
     """Bad input, with a message that names the thing, what was expected, what came, and the remedy."""
@@ -14,6 +16,7 @@ class UserError(Exception):
 
 def run_tool(main: Callable[[], int]) -> None:
     """Exit with what a tool's `main` returns; a `UserError` or a full disk prints its message alone, and code 2."""
+    keep_freed_memory()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         sys.exit(main())
