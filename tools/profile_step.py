@@ -279,12 +279,12 @@ def _noise(count: int, like: Tensor) -> Tensor:
 def profile(run: Trainer, batch: Batch, steps: int, clock: Clock) -> tuple[list[Row], float | None]:
     """Rows of the table, the step itself first, and the share of rows with a positive (None without a loss of sets)."""
     stage = len(run.config.train.stages) - 1
-    shares: list[Tensor] = []
+    found: list[Tensor] = []
     contrast = ops.neighbor_contrast
 
     @wraps(contrast)
     def counted(rows: Tensor, bank: Tensor, positives: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        shares.append((positives >= 0).any(dim=-1).float().mean())
+        found.append((positives >= 0).any(dim=-1).flatten())
         return contrast(rows, bank, positives, *arguments, **options)
 
     run._step(batch, stage)
@@ -296,7 +296,7 @@ def profile(run: Trainer, batch: Batch, steps: int, clock: Clock) -> tuple[list[
             clock.read()
             run._step(batch, stage)
             readings.append(clock.read())
-    return rows_of(readings), float(torch.stack(shares).mean()) if shares else None
+    return rows_of(readings), float(torch.cat(found).float().mean()) if found else None
 
 
 def rows_of(readings: list[dict[tuple[Names, str], float]]) -> list[Row]:
