@@ -10,6 +10,8 @@ from pathlib import Path
 
 from bench_measure import Ceiling, Row
 
+from engine import checkpoint
+
 COLUMNS = {
     "operator": 36,
     "size": 28,
@@ -138,7 +140,7 @@ def write_json(path: Path, header: Mapping[str, str], ceiling: Ceiling, rows: li
         "rows": [asdict(row) for row in rows],
         "growth": [asdict(growth) for growth in growths],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    checkpoint.write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def markdown(header: Mapping[str, str], rows: list[Row], growths: list[Growth], picture: str | None) -> str:

@@ -3,11 +3,12 @@
     python tools/gpu_check.py [--tests-only | --bench-only] [--sanitize] [--minutes N] [--out FOLDER] [--commit NAME]
     python tools/gpu_check.py --readme
 
-It builds engine._C in place, runs the tests marked `gpu`, with `--sanitize` every operator under compute-sanitizer, and
-`bench_kernels.py --device cuda`, after `profile_step.py` for a step of training; what takes longer than `--minutes` is cut
-short and says so. One JSON in docs/gpu/ holds the machine, versions, commit, a hash of kernels/ and csrc/, the outcome of
-every test and every timing; a page beside it shows them. `--readme` writes what the README says of GPUs, from the newest of
-these files and nothing else.
+It builds engine._C in place, runs the tests marked `gpu`, `precision_errors.py`, `profile_step.py` for a step of training,
+`bench_kernels.py --device cuda` and, with `--sanitize`, every operator under compute-sanitizer. All of it ends in `--minutes`:
+a part that takes more than its share is cut short and says so, and one that fails keeps no other from being run. Where that
+is too little, run it as `--tests-only --sanitize` and as `--bench-only`. One JSON in docs/gpu/, written after every part,
+holds the machine, versions, commit, a hash of kernels/ and csrc/, the outcome of every test, every error and every timing; a
+page beside it shows them. `--readme` writes what the README says of GPUs, from the newest of these files and nothing else.
 
 Exit status: 0 when all went well, 1 when something failed or was left out, 2 without a GPU.
 """
@@ -21,12 +22,15 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -40,7 +44,7 @@ sys.path[:0] = [str(ROOT)]  # nothing has to be installed
 import torch
 from gpu_report import REPORT
 
-from engine import info
+from engine import checkpoint, info
 
 FOLDER = ROOT / "docs" / "gpu"
 BEGIN, END = "<!-- written by tools/gpu_check.py --readme -->\n", "<!-- end -->\n"
@@ -70,6 +74,7 @@ class Record:
     Attributes:
         sources: `source_hash()` of what was run.
         tests: name, outcome, seconds, and why it did not pass.
+        errors: what `precision_errors.py --json` writes, or None.
         benchmark: what `bench_kernels.py --json` writes, or None.
         step: what `profile_step.py --json` writes of a SALCR step at the sizes of SYSU-MM01, or None.
     """
@@ -81,6 +86,7 @@ class Record:
     versions: dict[str, str]
     steps: list[Step] = field(default_factory=list)
     tests: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[dict[str, Any]] | None = None
     benchmark: dict[str, Any] | None = None
     step: dict[str, Any] | None = None
 
@@ -94,7 +100,7 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         words = re.findall(r"[a-z0-9]+", f"{self.machine['gpu']} {self.commit}".lower())
         path = folder / f"{re.sub('[^0-9]', '', self.date)}-{'-'.join(words)}.json"
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        checkpoint.write(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
         path.with_suffix(".md").write_text(page(self))
         return path
 
@@ -116,34 +122,21 @@ def source_hash() -> str:
 # The run
 
 
-@dataclass
-class Clock:
-    """What is left of the minutes."""
-
-    end: float
-
-    def left(self) -> float:
-        return max(0.0, self.end - time.monotonic())
-
-
 def run(name: str, command: Iterable[object], limit: float, **environment: str) -> Step:
     """A step in a process of its own, in the root of the checkout, for `limit` seconds at most."""
     start = time.monotonic()
     print(f"{name} ...", flush=True)
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tools")))} | environment,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
-                timeout=limit,
-                check=False,
+                start_new_session=True,
             )
-            outcome = "passed" if done.returncode == 0 else f"failed with exit status {done.returncode}"
-        except subprocess.TimeoutExpired:
-            outcome = f"cut short after {limit:.0f} s"
+            outcome = ended(process, limit)
         except OSError as error:
             outcome = f"not run: {error}"
         printed.seek(0)
@@ -153,15 +146,28 @@ def run(name: str, command: Iterable[object], limit: float, **environment: str) 
     return step
 
 
-def build(clock: Clock) -> Step:
+def ended(process: subprocess.Popen[bytes], limit: float) -> str:
+    """The outcome of a process that leads a session; no child of it, which may hold the GPU, is left behind."""
+    try:
+        status = process.wait(limit)
+        return "passed" if status == 0 else f"failed with exit status {status}"
+    except subprocess.TimeoutExpired:
+        return f"cut short after {limit:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def build(limit: float) -> Step:
     """engine._C, in place."""
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     if find_spec("pybind11"):
-        step = run("build", command, clock.left())
+        step = run("build", command, limit)
     else:
         with tempfile.TemporaryDirectory() as folder:
             stand_in_for_pybind11(Path(folder))
-            step = run("build", command, clock.left(), PYTHONPATH=folder)
+            step = run("build", command, limit, PYTHONPATH=folder)
     if step.outcome == "passed" and not list((ROOT / "engine").glob("_C.*.so")):  # the extension is optional
         step.outcome = "failed: there is no engine/_C"
     return step
@@ -201,41 +207,50 @@ def test(limit: float) -> tuple[Step, list[dict[str, Any]]]:
     return step, outcomes
 
 
-def sanitize(clock: Clock) -> list[Step]:
-    """Every operator at a small size under compute-sanitizer; races of shared memory are for our own CUDA kernels."""
+def sanitize(tool: str, backends: Iterable[str], limit: float) -> Step:
+    """Every operator at a small size under a tool of compute-sanitizer."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
-        return [Step("compute-sanitizer", "not run: it is not installed")]
-    steps = []
-    for tool, backends in (("memcheck", ("cuda", "triton")), ("racecheck", ("cuda",))):
-        call = (sys.executable, Path(__file__), "--exercise", *backends)
-        command = (sanitizer, "--tool", tool, "--error-exitcode", 1, *call)
-        # Without a cache every tensor is an allocation of its own, beyond whose end nothing is.
-        steps.append(run(tool, command, clock.left() / 2, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
-    return steps
+        return Step(tool, "not run: compute-sanitizer is not installed")
+    call = (sys.executable, Path(__file__), "--exercise", *backends)
+    # Without a cache every tensor is an allocation of its own, beyond whose end nothing is.
+    command = (sanitizer, "--tool", tool, "--error-exitcode", 1, *call)
+    return run(tool, command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
-def exercise(backends: list[str]) -> None:
-    """One call of every operator on each of these back ends that has it, or on what the engine chooses for its parts."""
+def exercise(backends: Iterable[str], device: str = "cuda") -> int:
+    """One call of every operator on each of these back ends that has it, or on what the engine chooses for its parts.
+
+    Returns:
+        How many operators failed: one that does keeps no other from being looked at.
+    """
     from bench_cases import CASES, SIZES
     from bench_measure import AUTOMATIC, Settings, engine_backends, on_backend
 
-    settings = Settings(SIZES["quick"], "cuda", torch.float32, torch.get_num_threads())
-    for cases in CASES.values():
-        for case in cases(settings.size, settings.make):
-            for name in engine_backends(case, settings):
-                if name in (*backends, AUTOMATIC):
-                    on_backend(name, case.call, *case.inputs())
-    torch.cuda.synchronize()
+    settings = Settings(SIZES["quick"], device, torch.float32, torch.get_num_threads())
+    failed = 0
+    for op, cases in CASES.items():
+        try:
+            for case in cases(settings.size, settings.make):
+                for name in engine_backends(case, settings):
+                    if name in (*backends, AUTOMATIC):
+                        on_backend(name, case.call, *case.inputs())
+            if device == "cuda":
+                torch.cuda.synchronize()
+        except Exception:  # noqa: BLE001  whatever it is, the others are looked at
+            failed += 1
+            print(f"{op}:", traceback.format_exc(), sep="\n", flush=True)
+    return failed
 
 
 MEASUREMENTS = {
+    "errors": ("tools/precision_errors.py", "--device", "cuda"),
     "training step": ("tools/profile_step.py", "--cfg", "sysu.yaml", "--set", "device=cuda", "--steps", 10),
     "benchmark": ("tools/bench_kernels.py", "--device", "cuda", "--budget", 3, "--keep-going"),
 }
 
 
-def measure(name: str, limit: float) -> tuple[Step, dict[str, Any] | None]:
+def measure(name: str, limit: float) -> tuple[Step, Any]:
     """One of `MEASUREMENTS`, and what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, "written.json")
@@ -243,8 +258,46 @@ def measure(name: str, limit: float) -> tuple[Step, dict[str, Any] | None]:
         return step, json.loads(written.read_text()) if written.is_file() else None
 
 
-def check(arguments: argparse.Namespace) -> Record:
-    clock = Clock(time.monotonic() + 60 * arguments.minutes)
+WEIGHTS = {
+    "build": 6,
+    "tests": 6,
+    "errors": 2,
+    "training step": 2,
+    "benchmark": 6,
+    "memcheck": 2,
+    "racecheck": 2,
+}
+"""A part may take this share of what it and those after it have; what it leaves is theirs."""
+
+
+def parts_of(arguments: argparse.Namespace) -> list[str]:
+    """Which parts are run, in the order of `WEIGHTS`."""
+    left_out = {"errors", "training step", "benchmark"} if arguments.tests_only else set()
+    left_out |= {"tests"} if arguments.bench_only else set()
+    left_out |= set() if arguments.sanitize else {"memcheck", "racecheck"}
+    return [name for name in WEIGHTS if name not in left_out]
+
+
+def run_part(name: str, record: Record, limit: float) -> Step:
+    """One part, whose findings go into the record; races of shared memory are for our own CUDA kernels."""
+    if name == "build":
+        return build(limit)
+    if name == "tests":
+        step, record.tests = test(limit)
+    elif name == "errors":
+        step, record.errors = measure(name, limit)
+    elif name == "training step":
+        step, record.step = measure(name, limit)
+    elif name == "benchmark":
+        step, record.benchmark = measure(name, limit)
+    else:
+        step = sanitize(name, ("cuda", "triton") if name == "memcheck" else ("cuda",), limit)
+    return step
+
+
+def check(arguments: argparse.Namespace) -> tuple[Record, Path]:
+    """Part after part; the files hold what was seen as soon as a part is over, whatever becomes of the next."""
+    end = time.monotonic() + 60 * arguments.minutes
     record = Record(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),
         commit=arguments.commit or info.commit() or "unknown",
@@ -252,18 +305,18 @@ def check(arguments: argparse.Namespace) -> Record:
         machine=machine(),
         versions={**info.versions(), **{name: version for name in PACKAGES if (version := version_of(name))}},
     )
-    record.steps.append(build(clock))
-    if not arguments.bench_only:
-        step, record.tests = test(clock.left() * (1 if arguments.tests_only and not arguments.sanitize else 0.5))
+    names = parts_of(arguments)
+    path = record.write(arguments.out)
+    for place, name in enumerate(names):
+        share = WEIGHTS[name] / sum(WEIGHTS[later] for later in names[place:])
+        limit = share * (end - time.monotonic())
+        try:
+            step = run_part(name, record, limit) if limit > 1 else Step(name, "not run: no time was left")
+        except Exception as error:  # noqa: BLE001  whatever it is, the rest is run
+            step = Step(name, f"failed: {error}", output=traceback.format_exc()[-6000:])
         record.steps.append(step)
-    if arguments.sanitize:
-        record.steps += sanitize(clock)
-    if not arguments.tests_only:
-        step, record.step = measure("training step", clock.left() / 3)
-        record.steps.append(step)
-        step, record.benchmark = measure("benchmark", clock.left())
-        record.steps.append(step)
-    return record
+        record.write(arguments.out)
+    return record, path
 
 
 def machine() -> dict[str, str]:
@@ -341,7 +394,27 @@ def step_table(rows: Iterable[Mapping[str, Any]]) -> str:
     return table(("part", "forward ms", "backward ms", "both", "of the step", "of all but the backbone"), body)
 
 
+def errors_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `precision_errors.py`: a line for every operator and quantity, a column for every way of computing."""
+    ways = dict.fromkeys(row["computed"] for row in rows)
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        for quantity, what, form in QUANTITIES:
+            if row[quantity] is not None:
+                line = lines.setdefault((row["op"], row["size"], what), {})
+                line[row["computed"]] = format(row[quantity], form)
+    body = [(*line, *(cells.get(way, "") for way in ways)) for line, cells in lines.items()]
+    return table(("operator", "size", "of", *ways), body)
+
+
+QUANTITIES = (("values", "values", ".1e"), ("gradient", "gradient", ".1e"), ("rows", "rows changed", ".1%"))
 TITLES = ("operator", "size", "dtype", "back end", "median ms", "of ceiling", "times faster than the fastest other")
+
+
+ERRORS = (
+    "The largest differences from float64, and the share of rows that chose other neighbours or are off by more than 1e-5; "
+    "what is emulated is arithmetic in float64 (`tools/precision_errors.py`)."
+)
 
 
 def page(record: Record) -> str:
@@ -360,6 +433,8 @@ def page(record: Record) -> str:
     for row in record.tests:
         if row["outcome"] not in ("passed", "skipped"):
             parts += [f"`{row['name']}` {row['outcome']}:", f"```\n{row['why'].strip()}\n```"]
+    if record.errors:
+        parts += ["## Errors", ERRORS, errors_table(record.errors)]
     if record.benchmark:
         parts += ["## Timings", table(TITLES, timings(record.benchmark))]
     if record.step:
@@ -424,13 +499,12 @@ def main(given: list[str]) -> int:
         print("torch sees no CUDA device here, so there is nothing to check; run this on a machine with a GPU")
         return 2
     if arguments.exercise:
-        exercise(arguments.exercise)
-        return 0
-    record = check(arguments)
-    path = record.write(arguments.out)
+        return 1 if exercise(arguments.exercise) else 0
+    record, path = check(arguments)
     print(path.with_suffix(".md").read_text(), f"written to {path}", sep="\n")
     return 0 if record.passed else 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is running ends, too
     sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,9 @@ BENCHMARK = {
         {**TIMED, "contender": "faiss-gpu", "median": None},
     ]
 }
+FAR = {"op": "topk", "size": "4 x 2", "gradient": None, "rows": 0.25}
+ERRORS = [{**FAR, "computed": "ieee", "values": 1e-7}, {**FAR, "computed": "fast", "values": 2e-5}]
+ERROR_LINES = "| topk | 4 x 2 | values | 1.0e-07 | 2.0e-05 |", "| topk | 4 x 2 | rows changed | 25.0% | 25.0% |"
 LINE = "| topk self | 4 x 2 | float32 | cuda | 2 | 50% | torch chunked, TF32: 2.00x |"
 RECORD = Record(
     date="2026-01-02 03:04:05",
@@ -38,6 +43,7 @@ RECORD = Record(
         {"name": "tests/ops/test_gpu.py::a", "outcome": "passed", "seconds": 0.1, "why": ""},
         {"name": "tests/ops/test_gpu.py::b", "outcome": "failed", "seconds": 0.1, "why": "assert 1 == 2"},
     ],
+    errors=ERRORS,
     benchmark=BENCHMARK,
     step={
         "facts": {"precision": "fp32"},
@@ -71,10 +77,13 @@ def test_a_file_holds_all_of_a_run(tmp_path):
     path = RECORD.write(tmp_path)
     assert path.name == "20260102030405-nvidia-h200-abc1234.json"
     assert Record.read(path) == RECORD
-    fields = {"date", "commit", "sources", "machine", "versions", "steps", "tests", "benchmark", "step"}
+    fields = {"date", "commit", "sources", "machine", "versions", "steps", "tests", "errors", "benchmark", "step"}
     assert set(json.loads(path.read_text())) == fields
     page = path.with_suffix(".md").read_text()
-    assert all(part in page for part in (LINE, "1 failed, 1 passed", "assert 1 == 2", "failed with exit status 1"))
+    assert all(
+        part in page
+        for part in (LINE, *ERROR_LINES, "1 failed, 1 passed", "assert 1 == 2", "failed with exit status 1")
+    )
     assert "| - topk | 9.0 | 0.0 | 9.0 | 10.0% | 90.0% |" in page
 
 
@@ -128,6 +137,94 @@ def test_a_step_that_fails_or_takes_too_long_says_so():
     late = gpu_check.run("slow", (*python, "import time; print('begun', flush=True); time.sleep(60)"), 1)
     assert (late.outcome, late.output) == ("cut short after 1 s", "begun\n")
     assert gpu_check.run("absent", ("/no/such/program",), 60).outcome.startswith("not run: ")
+
+
+@pytest.mark.parametrize(("last", "limit", "outcome"), [("", 60, "passed"), ("sleep 60", 0.1, "cut short after 0 s")])
+def test_no_child_of_a_step_is_left_behind(last, limit, outcome):
+    """It would go on using the GPU."""
+    process = subprocess.Popen(
+        ["sh", "-c", f"sleep 60 & echo $!; {last}"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    child = Path("/proc", process.stdout.readline().decode().strip(), "stat")
+    assert gpu_check.ended(process, limit) == outcome
+    deadline = time.monotonic() + 30
+    while child.exists() and " Z " not in child.read_text():
+        assert time.monotonic() < deadline, "it still runs"
+        time.sleep(0.01)
+    process.stdout.close()
+
+
+def arguments_for(folder: Path, *given: str):
+    return gpu_check.parse(["--out", str(folder), "--commit", "abc1234", *given])
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    monkeypatch.setattr(gpu_check, "machine", lambda: {"gpu": "NVIDIA H200"})
+
+
+def test_a_part_that_fails_keeps_no_other_from_being_run(monkeypatch, machine, tmp_path):
+    limits = {}
+
+    def run_part(name, record, limit):
+        limits[name] = limit
+        assert Record.read(next(tmp_path.glob("*.json"))).steps == record.steps, "the file lags behind"
+        if name == "errors":
+            raise ValueError("broken")
+        return Step(name, "passed")
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    record, path = gpu_check.check(arguments_for(tmp_path, "--sanitize", "--minutes", "10"))
+    assert Record.read(path) == record
+    assert not record.passed
+    assert {step.name: step.outcome for step in record.steps} == {
+        "build": "passed",
+        "tests": "passed",
+        "errors": "failed: broken",
+        "training step": "passed",
+        "benchmark": "passed",
+        "memcheck": "passed",
+        "racecheck": "passed",
+    }
+    assert list(limits) == list(gpu_check.WEIGHTS)
+    assert limits["racecheck"] == pytest.approx(600, abs=60), "what is left over is for the last"
+    assert max(limits["build"], limits["tests"]) < 300, "time is kept for those after them"
+
+
+def test_without_time_the_rest_says_so(machine, tmp_path):
+    record, _ = gpu_check.check(arguments_for(tmp_path, "--minutes", "0"))
+    assert {step.outcome for step in record.steps} == {"not run: no time was left"}
+
+
+def test_the_parts_are_those_asked_for(tmp_path):
+    def names(*given: str) -> list[str]:
+        return gpu_check.parts_of(arguments_for(tmp_path, *given))
+
+    assert names() == ["build", "tests", "errors", "training step", "benchmark"]
+    assert names("--tests-only", "--sanitize") == ["build", "tests", "memcheck", "racecheck"]
+    assert names("--bench-only") == ["build", "errors", "training step", "benchmark"]
+
+
+@pytest.mark.parametrize("name", gpu_check.MEASUREMENTS)
+def test_what_is_measured_by_takes_these_arguments(name):
+    script, *words = map(str, gpu_check.MEASUREMENTS[name])
+    assert importlib.import_module(Path(script).stem).parse([*words, "--json", "file"]).json == Path("file")
+
+
+def test_the_sanitizer_sees_every_operator_whatever_fails(monkeypatch, capsys):
+    import bench_cases
+    import bench_measure
+
+    def broken(*_):
+        raise ValueError("broken")
+
+    few = ("set_intersection", "topk")
+    monkeypatch.setattr(bench_cases, "CASES", {"rank": broken} | {name: bench_cases.CASES[name] for name in few})
+    calls = []
+    monkeypatch.setattr(bench_measure, "on_backend", lambda name, call, *inputs: calls.append(name) or call(*inputs))
+    assert gpu_check.exercise(("reference",), "cpu") == 1
+    assert "rank:" in capsys.readouterr().out
+    assert calls == ["reference"] * 3
 
 
 def test_without_pytest_no_test_is_claimed(monkeypatch):
