@@ -211,6 +211,10 @@ def test_what_is_measured_by_takes_these_arguments(name):
     assert importlib.import_module(Path(script).stem).parse([*words, "--json", "file"]).json == Path("file")
 
 
+def test_every_operator_is_timed_once():
+    assert sorted(gpu_check.OPERATORS) == sorted(importlib.import_module("bench_cases").CASES)
+
+
 def test_the_sanitizer_sees_every_operator_whatever_fails(monkeypatch, capsys):
     import bench_cases
     import bench_measure
