@@ -19,30 +19,42 @@ from engine.model.weights import load_imagenet
 
 @dataclass(frozen=True)
 class Output:
-    """What a network gives for a batch. Rows: visible images, their augmented copies, infrared images.
+    """What a network gives for a batch. Rows: visible images, their augmented copies where there are any, infrared images.
 
     Attributes:
-        map: `[B, D, h, w]` feature map of the backbone.
-        features: `[B, D]` float32 L2-normalised features behind the BN neck.
+        map: `[B, D, h, w]` feature map of a convolutional backbone, `[B, T, D]` tokens of a transformer.
+        features: `[B, D]` float32 L2-normalised features.
         parts: `[N_p, Q, M, s, D]` float32 L2-normalised part features by part, kind of the query, kind of the map and image
             (`engine.model.parts`), or None.
+        fused: `[B, D]` float32 L2-normalised features that captions have been fused into, or None.
+        classes: `[blocks, B, D]` float32 class tokens of a transformer at the blocks that captions go to, or None.
+        content: `[B, D]` float32 what the captions say (`engine.model.prompts`), or None.
     """
 
     map: Tensor
     features: Tensor
     parts: Tensor | None = None
+    fused: Tensor | None = None
+    classes: Tensor | None = None
+    content: Tensor | None = None
 
     @staticmethod
-    def join(outputs: list[Output]) -> Output:
-        """Rows of micro-batches [vis; aug; ir] -> those of the whole batch in the same order, without gradient."""
+    def join(outputs: list[Output], kinds: int = 3) -> Output:
+        """Rows of micro-batches, in each those of one kind after the other, -> the whole batch's likewise, without gradient.
+
+        Class tokens and contents of captions, which losses alone look at, are left out.
+        """
         if len(outputs) == 1:
             return outputs[0]
-        maps, features = (
-            torch.cat([torch.cat(kind) for kind in zip(*(x.detach().chunk(3) for x in rows), strict=True)])
-            for rows in ([output.map for output in outputs], [output.features for output in outputs])
-        )
+
+        def rows(parts: list[Tensor]) -> Tensor:
+            split = (part.detach().chunk(kinds) for part in parts)
+            return torch.cat([torch.cat(kind) for kind in zip(*split, strict=True)])
+
+        maps, features = rows([output.map for output in outputs]), rows([output.features for output in outputs])
         parts = [output.parts.detach() for output in outputs if output.parts is not None]
-        return Output(maps, features, torch.cat(parts, dim=3) if parts else None)
+        fused = [output.fused for output in outputs if output.fused is not None]
+        return Output(maps, features, torch.cat(parts, dim=3) if parts else None, rows(fused) if fused else None)
 
 
 class Network(nn.Module):
@@ -56,6 +68,11 @@ class Network(nn.Module):
 
     def __init__(self, settings: config.Model, parts: int = 0, uneven_parts: bool = False) -> None:
         super().__init__()
+        if settings.backbone not in ARCHITECTURES:
+            raise UserError(
+                f"model.backbone: this method needs one of {', '.join(ARCHITECTURES)}, got {settings.backbone}, which is "
+                "firm's"
+            )
         architecture = ARCHITECTURES[settings.backbone]
         self.backbone = TwoStreamResNet(architecture)
         self.pool = GeM()
