@@ -71,11 +71,13 @@ def cluster(features: Pair[Tensor], settings: config.Cluster) -> Labels:
         Labels without association; a modality in which nothing is dense enough has only -1.
     """
 
-    def one(rows: Tensor, k1: int, eps: float) -> Tensor:
-        return ops.dbscan(ops.jaccard(rows, k1, settings.k2), eps, settings.min_samples)
-
-    clusters = features.map(one, settings.k1, settings.eps)
+    clusters = features.map(lambda rows, k1, eps: dense(rows, k1, eps, settings), settings.k1, settings.eps)
     return Labels(clusters, clusters)
+
+
+def dense(rows: Tensor, k1: int, eps: float, settings: config.Cluster) -> Tensor:
+    """Clusters of unit rows `[N, D]`, `[N]` int64, -1 = in none."""
+    return ops.dbscan(ops.jaccard(rows, k1, settings.k2), eps, settings.min_samples)
 
 
 def quality(labels: Labels, ids: Pair[np.ndarray]) -> dict[str, float]:

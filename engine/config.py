@@ -75,6 +75,8 @@ class Augment:
         jitter: strength of brightness, contrast, saturation and hue jitter.
         grey: probability of the grey mix, in the one of four infrared cases that allows it.
         ltg: probability of the linear transformation generator on visible images (stage 1 only).
+        channels: visible images get a copy of one random channel, and infrared ones change theirs; if not, images of both
+            modalities are augmented alike, there is no copy, and `grey` and `ltg` do nothing.
     """
 
     pad: int = 10
@@ -83,6 +85,7 @@ class Augment:
     jitter: float = 0.5
     grey: float = 0.5
     ltg: float = 0.5
+    channels: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,15 @@ class Model:
     """The network.
 
     Attributes:
-        backbone: resnet50, resnet18, or small (width 16, one block a stage: the demo's, trains on a CPU).
-        weights: "imagenet" (torchvision's ResNet V1 state dict from the hub cache), "none", or a file's path.
-        download: whether "imagenet" may be fetched when the hub cache does not hold it.
+        backbone: resnet50, resnet18, or small (width 16, one block a stage: the demo's, trains on a CPU); with captions
+            vit_b16 (CLIP's) or vit_small (the demo's), each with a text encoder.
+        weights: "imagenet" (torchvision's ResNet V1 state dict from the hub cache) or a file's path; for vit_b16 "clip"
+            (from the hub's cache) or a folder's path; "none".
+        download: whether "imagenet" or "clip" may be fetched when the cache does not hold it.
         bn_group: images that share one set of BatchNorm statistics in a training step; 0 = the whole batch.
     """
 
-    backbone: Literal["resnet50", "resnet18", "small"] = "resnet50"
+    backbone: Literal["resnet50", "resnet18", "small", "vit_b16", "vit_small"] = "resnet50"
     weights: str = "imagenet"
     download: bool = False
     bn_group: int = 0
@@ -201,7 +206,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class MethodName:
-    """`name`: dcl, salcr, or the dotted path of a module that holds one `Method` subclass."""
+    """`name`: dcl, salcr, firm, or the dotted path of a module that holds one `Method` subclass."""
 
     name: str = "salcr"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,12 +16,13 @@ from engine.data import cache
 from engine.data.dataset import Dataset, Images, Protocol
 from engine.device import pick_device
 from engine.errors import UserError
-from engine.features import NAMES, extract
+from engine.features import NAMES, Features, extract
 from engine.pair import Modality, Pair
 from engine.phases import Phases
 from engine.rerank import Reranker
 
 RANKS = (1, 5, 10, 20)
+Oracles = Callable[[Features, Pair[Images]], dict[str, Pair[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ def evaluate_network(
     device: torch.device,
     rerankers: Sequence[Reranker] | None = None,
     *,
+    texts: Pair[Tensor] | None = None,
+    oracles: Oracles | None = None,
     timed: bool = False,
 ) -> list[Score]:
     """`evaluate` with a network's features of the test images, averaged with those of their mirror images.
@@ -165,10 +168,16 @@ def evaluate_network(
     Args:
         pixels: decoded `dataset.test`.
         rerankers: others than those of the configuration.
+        texts: `[N, variants, L]` int64 tokens of the images' own captions, for networks that read them.
+        oracles: a method's, for rows of features that look at true identities.
     """
-    features = extract(network, pixels, config, device, mirror=True, progress="test images")
+    assert dataset.test is not None
+    features = extract(network, pixels, config, device, mirror=True, progress="test images", texts=texts)
     chosen = config.evaluate.rerank.chosen if rerankers is None else rerankers
-    return evaluate(dataset, features.whole, chosen, timed=timed)
+    scores = evaluate(dataset, features.whole, chosen, timed=timed)
+    for label, whole in (oracles(features, dataset.test) if oracles else {}).items():
+        scores += [replace(row, rerank=label) for row in evaluate(dataset, whole)]
+    return scores
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), rerank: Sequence[str] | None = None) -> list[Score]:
@@ -192,10 +201,14 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), rerank: Seque
         raise UserError(f"{dataset.name}: has no query/ and gallery/ to score on")
     device = pick_device(config.device)
     blank = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has the weights
-    network = methods.find(config.method.name)(blank).build().to(device)
+    kind = methods.find(config.method.name)
+    texts, method = kind(config).texts(dataset.test), kind(blank)
+    network = method.build().to(device)
     checkpoint.load_network(network, content)
     pixels = decode(dataset.test, config, "test")
-    return evaluate_network(network, dataset, pixels, config, device, rerankers, timed=True)
+    return evaluate_network(
+        network, dataset, pixels, config, device, rerankers, texts=texts, oracles=method.oracles, timed=True
+    )
 
 
 def decode(images: Pair[Images], config: Config, part: str) -> Pair[np.ndarray]:

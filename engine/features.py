@@ -26,10 +26,12 @@ class Features:
         whole: `[N, D]` float32 unit rows per modality.
         parts: `[N_p, N, D]` float32 unit rows per modality, each image's own queries on its own map; None where the
             network gives none.
+        content: `[N, D]` float32 what the captions say, per modality; None where the network looks at none.
     """
 
     whole: Pair[Tensor]
     parts: Pair[Tensor] | None = None
+    content: Pair[Tensor] | None = None
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[object]:
@@ -47,15 +49,17 @@ def extract(
     mirror: bool = False,
     stage: int = 0,
     progress: str = "",
+    texts: Pair[Tensor] | None = None,
 ) -> Features:
     """Unit-length features of all images, in evaluation mode, without augmentation.
 
     Args:
-        network: called with `vis=` or `ir=` images; gives an `Output`.
+        network: called with `vis=` or `ir=` images, and with texts `vis_text=` or `ir_text=` tokens; gives an `Output`.
         pixels: `[N, H, W, 3]` uint8 per modality.
         mirror: average with the features of the mirrored images, and scale to unit length again; of whole images only.
         stage: of the training; the network may give part features from the second one, 1, on.
         progress: label of the progress bars; empty = none.
+        texts: `[N, variants, L]` int64 tokens of captions, of which the first variant is looked at.
 
     Returns:
         Features on `device`.
@@ -63,41 +67,53 @@ def extract(
     training = network.training
     network.eval()
     with autocast(config, device):
-        found = Pair(
-            *(
-                _extract(network, pixels[name], name, config.evaluate.batch, device, mirror, stage, progress)
-                for name in NAMES
+        found = {
+            name: _extract(
+                network,
+                pixels[name],
+                None if texts is None else texts[name],
+                name,
+                config.evaluate.batch,
+                device,
+                mirror,
+                stage,
+                progress,
             )
-        )
+            for name in NAMES
+        }
     network.train(training)
-    whole, parts = found.map(lambda both: both[0]), found.map(lambda both: both[1])
-    if parts.vis is None or parts.ir is None:
-        return Features(whole)
-    return Features(whole, Pair(parts.vis, parts.ir))
+    columns = [None if vis is None or ir is None else Pair(vis, ir) for vis, ir in zip(*found.values(), strict=True)]
+    whole, parts, content = columns
+    assert whole is not None
+    return Features(whole, parts, content)
 
 
 @torch.no_grad()
 def _extract(
     network: nn.Module,
     pixels: np.ndarray,
+    texts: Tensor | None,
     modality: Modality,
     batch: int,
     device: torch.device,
     mirror: bool,
     stage: int,
     progress: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Features of whole images and, where the network gives them, of their parts."""
-    whole, parts = [], []
+) -> tuple[Tensor | None, ...]:
+    """Features of whole images and, where the network gives them, of their parts, and contents of captions."""
+    whole, parts, contents = [], [], []
     title = f"{progress}, {NAMES[modality]}"
     for start in tqdm(range(0, len(pixels), batch), title, leave=False, disable=None if progress else True):
         block = torch.from_numpy(np.array(pixels[start : start + batch]))  # a copy: the file is mapped read-only
         images = transforms.normalize(block.to(device))
-        output = network(**{modality: images}, stage=stage)
+        read = {} if texts is None else {f"{modality}_text": texts[start : start + batch, 0].to(device)}
+        output = network(**{modality: images}, **read, stage=stage)
         features = output.features
         if mirror:
-            features = F.normalize(features + network(**{modality: images.flip(3)}).features)
+            features = F.normalize(features + network(**{modality: images.flip(3)}, **read).features)
         whole.append(features)
         if output.parts is not None:
             parts.append(output.parts[:, 0, 0])
-    return torch.cat(whole), torch.cat(parts, dim=1) if parts else None
+        if output.content is not None:
+            contents.append(output.content)
+    return torch.cat(whole), torch.cat(parts, dim=1) if parts else None, torch.cat(contents) if contents else None

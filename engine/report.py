@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError
 from engine.evaluate import RANKS, Score
+from engine.evolve import EVENTS
 from engine.features import NAMES
 
 
@@ -89,6 +90,8 @@ def epoch_block(row: dict[str, Any]) -> str:
         quality.append(f"cross P {100 * labels['cross.precision']:.1f} R {100 * labels['cross.recall']:.1f}")
     if quality:
         lines.append(f"  labels     {'   '.join(quality)}")
+    if "births" in labels:
+        lines.append("  memory     " + "   ".join(f"{name} {labels[name]:.0f}" for name in EVENTS))
     lines.append("  loss       " + "   ".join(f"{name} {value:.4f}" for name, value in row["losses"].items()))
     for score in row["scores"]:
         values = score["values"]

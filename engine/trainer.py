@@ -17,7 +17,6 @@ from tqdm import tqdm
 from engine import checkpoint, data, methods, optim, report, runs, seeds
 from engine.cluster import Labels, quality
 from engine.config import Config, Stage, to_dict
-from engine.data import sampler
 from engine.data.dataset import Images
 from engine.data.loader import Batch, Loader
 from engine.device import pick_device
@@ -73,6 +72,8 @@ class Trainer:
         self.dataset = data.read(config.data)
         self.method = methods.find(config.method.name)(config)
         self.network = self.method.build().to(self.device)  # missing weights are noticed before anything long begins
+        self.texts = self.method.texts(self.dataset.train)
+        self.test_texts = self.method.texts(self.dataset.test) if self.dataset.test else None
         self.pixels = decode(self.dataset.train, config, "training")
         self.test_pixels = decode(self.dataset.test, config, "test") if self.dataset.test else None
         if config.train.channels_last:
@@ -137,7 +138,8 @@ class Trainer:
             if self.test_pixels is not None and (last or (epoch + 1) % self.config.evaluate.every == 0):
                 scores = self._scores()
         labels = self.method.describe(state.labels) | quality(state.labels, self.dataset.train.map(lambda x: x.ids))
-        images = 3 * settings.labels * settings.images * (settings.iterations - first_step)
+        kinds = 3 if self.config.augment.channels else 2
+        images = kinds * settings.labels * settings.images * (settings.iterations - first_step)
         row = {
             "epoch": epoch + 1,
             "epochs": epochs,
@@ -169,8 +171,15 @@ class Trainer:
         """The offline step at the start of an epoch: features, pseudo-labels, memories."""
         state = self.state
         with phases("extract"):
+            self.method.memory = state.memories
             features = extract(
-                self.network, self.pixels, self.config, self.device, stage=stage, progress="training images"
+                self.network,
+                self.pixels,
+                self.config,
+                self.device,
+                stage=stage,
+                progress="training images",
+                texts=self.texts,
             )
         labels = self.method.label(features, stage, phases)
         state.labels_kept = 0 in labels.counts
@@ -187,13 +196,13 @@ class Trainer:
             labels = state.labels
         state.labels = labels
         with phases("memories"):
-            state.memories = self.method.memories(features, labels)
+            state.memories = self.method.memory = self.method.memories(features, labels)
 
     def _steps(self, settings: Stage, epoch: int, within: int, stage: int, rate: float) -> None:
         state, config = self.state, self.config
         assert state.labels is not None
-        loader = Loader(self.pixels, config.augment, self.device, (_AUGMENTING, config.seed))
-        plan = _plan(state.labels, settings, seeds.random_state(_SAMPLING, config.seed, epoch))
+        loader = Loader(self.pixels, config.augment, self.device, (_AUGMENTING, config.seed), self.texts)
+        plan = self.method.batches(state.labels, settings, seeds.random_state(_SAMPLING, config.seed, epoch))
         batches = loader.batches(plan, state.labels, epoch, ltg=stage == 0, start=state.step)
         title = f"epoch {epoch + 1} (stage {stage + 1}, {within + 1}/{settings.epochs})"
         bar = tqdm(batches, title, settings.iterations, initial=state.step, leave=False, disable=None, unit="step")
@@ -214,7 +223,7 @@ class Trainer:
         outputs: list[Output] = []
         sums: dict[str, Tensor] = {}
         for part in parts:
-            output = self._forward(stage, vis=part.vis, aug=part.aug, ir=part.ir)
+            output = self._forward(stage, **self.method.inputs(part))
             terms = self.method.losses(output, part, self.state.memories)
             for name, term in terms.items():
                 _assert_finite(term, name)
@@ -222,7 +231,7 @@ class Trainer:
             self.scaler.scale(torch.stack(list(terms.values())).sum() / len(parts)).backward()
             outputs.append(output)
         self._descend()
-        self.method.update(Output.join(outputs), batch, self.state.memories)
+        self.method.update(Output.join(outputs, batch.kinds), batch, self.state.memories)
         return sums
 
     def _warm_up(self) -> None:
@@ -255,13 +264,24 @@ class Trainer:
 
     def _forward(self, stage: int, **images: Tensor) -> Output:
         if self.config.train.channels_last:
-            images = {name: x.contiguous(memory_format=torch.channels_last) for name, x in images.items()}
+            images = {
+                name: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+                for name, x in images.items()
+            }
         with autocast(self.config, self.device):
             return self.forward(**images, stage=stage)
 
     def _scores(self) -> list[Score]:
         assert self.test_pixels is not None
-        return evaluate_network(self.network, self.dataset, self.test_pixels, self.config, self.device)
+        return evaluate_network(
+            self.network,
+            self.dataset,
+            self.test_pixels,
+            self.config,
+            self.device,
+            texts=self.test_texts,
+            oracles=self.method.oracles,
+        )
 
     def _milestone(self, name: str) -> None:
         if self.test_pixels is None:
@@ -297,7 +317,8 @@ class Trainer:
             "step": state.step,
             "labels": _plain_labels(state.labels),
             "labels_kept": state.labels_kept,
-            "memories": state.memories if state.step else {},  # an epoch begins with fresh ones
+            # Most methods begin an epoch with fresh ones.
+            "memories": state.memories if state.step or self.method.lasting else {},
             "totals": state.totals,
             "milestones": [[label, [asdict(score) for score in scores]] for label, scores in state.milestones],
             "best": state.best and [state.best[0], [asdict(score) for score in state.best[1]]],
@@ -331,6 +352,7 @@ class Trainer:
             [(label, [Score(**score) for score in scores]) for label, scores in content["milestones"]],
             best and (best[0], [Score(**score) for score in best[1]]),
         )
+        self.method.memory = self.state.memories
         torch.set_rng_state(content["rng"])
         if content["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(content["cuda_rng"])
@@ -362,20 +384,6 @@ def _schedule(stages: tuple[Stage, ...]) -> Iterator[tuple[int, int]]:
         for _ in range(stage.epochs):
             yield epoch, index
             epoch += 1
-
-
-def _plan(labels: Labels, settings: Stage, rng: np.random.RandomState) -> Iterator[Pair[np.ndarray]]:
-    """Rows of every batch of the epoch: pairs across the modalities where they are associated."""
-    own = labels.own.map(lambda part: part.cpu().numpy())
-    shape: dict[str, Any] = {
-        "label_count": settings.labels,
-        "image_count": settings.images,
-        "iterations": settings.iterations,
-        "rng": rng,
-    }
-    if labels.cross is None:
-        return sampler.independent_batches(own, **shape)
-    return sampler.paired_batches(own, labels.cross.map(lambda part: part.cpu().numpy()), **shape)
 
 
 def _assert_finite(term: Tensor, name: str) -> None:

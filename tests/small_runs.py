@@ -8,6 +8,7 @@ import yaml
 
 from engine import config
 from engine.config import Config
+from engine.data import captions
 from engine.trainer import Trainer
 
 SETTINGS = """
@@ -26,6 +27,8 @@ method: {name: salcr}
 salcr: {cmfp: {k: 4}, gpcr: {k: 4}}
 """
 
+FIRM = ("method.name=firm", "augment.channels=false", "model.backbone=vit_small", "firm.missing_caption=empty")
+
 
 def write_settings(root: Path, cache: Path, path: Path) -> Path:
     """A configuration file for `root`, as a user would have one."""
@@ -40,3 +43,16 @@ def settings(root: Path, cache: Path, *overrides: str) -> Config:
 
 def start(loaded: Config, folder: Path) -> Trainer:
     return Trainer(loaded, folder)
+
+
+def write_captions(root: Path, folder: Path) -> str:
+    """Caption files of a tree in `folder`, a colour per identity, and the setting that names them."""
+    words = ("red", "green", "blue", "brown", "black", "grey")
+    rows = {}
+    for path in root.rglob("*.jpg"):
+        word = words[int(path.parent.name) % len(words)]
+        rows[str(path)] = (f"a person in a {word} coat", f"somebody wears a {word} coat")
+    files = captions.FILES.map(lambda name: folder / name)
+    for file in files:
+        captions.save(file, root, rows)
+    return f"firm.captions={{vis: {files.vis}, ir: {files.ir}}}"

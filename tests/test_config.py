@@ -39,6 +39,23 @@ def test_shipped_configurations_have_the_papers_settings(name, eps, k, iteration
     assert loaded.settings.transport.reg == 1 / 5
 
 
+def test_firms_configuration_has_the_papers_settings():
+    loaded = config.load("sysu_firm")
+    assert loaded.data.size == (256, 128) and loaded.model.backbone == "vit_b16"
+    assert (loaded.cluster.eps, loaded.cluster.min_samples) == (Pair(0.6, 0.6), 4)
+    (stage,) = loaded.train.stages
+    assert stage.epochs == 60 and stage.labels * stage.images == 32
+    chosen = loaded.optim
+    assert (chosen.kind, chosen.schedule, chosen.lr, chosen.weight_decay) == ("adamw", "cosine", 3e-5, 0.05)
+    assert (chosen.warm_up, chosen.layer_decay, chosen.clip) == (300, 0.95, 5.0)
+    firm = loaded.settings
+    assert (firm.transport.reg, firm.transport.iterations, firm.gate.step) == (0.05, 5, 0.2)
+    assert (firm.gate.fused, firm.gate.own) == (0.5, 0.4)
+    assert (firm.merge.fused, firm.merge.vis, firm.merge.ir) == (0.85, 0.75, 0.75)
+    assert (firm.split.least, firm.vspf.prefix, firm.period) == (5, 8, 5)
+    assert (firm.losses.proto, firm.losses.density, firm.losses.rise) == (0.1, 0.05, 0.2)
+
+
 def test_numbers_and_words_mean_what_people_mean(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(

@@ -132,7 +132,7 @@ def test_accumulation_in_parts_of_the_batch_norm_group_is_the_whole_batch(
         run._label(stage, Phases(run.device))
         labels = run.state.labels
         loader = Loader(run.pixels, run.config.augment, run.device, (1, 2))
-        plan = trainer._plan(labels, run.config.train.stages[stage], np.random.RandomState(0))
+        plan = run.method.batches(labels, run.config.train.stages[stage], np.random.RandomState(0))
         run.network.train()
         terms = run._step(next(loader.batches(plan, labels, 0, ltg=False)), stage)
         gradients = {name: p.grad for name, p in run.network.named_parameters() if p.grad is not None}

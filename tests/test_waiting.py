@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from emulated import cuda_backend
-from small_runs import settings, start
+from small_runs import FIRM, settings, start, write_captions
 from waiting import no_waiting, waits
 
-from engine import ops, trainer
+from engine import ops
 from engine.data.loader import Loader
 from engine.phases import Phases
 
@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
 
 def next_batch(run):
     labels = run.state.labels
-    plan = trainer._plan(labels, run.config.train.stages[0], np.random.RandomState(0))
+    plan = run.method.batches(labels, run.config.train.stages[0], np.random.RandomState(0))
     return next(Loader(run.pixels, run.config.augment, run.device, (1, 2)).batches(plan, labels, 0, ltg=False))
 
 
@@ -49,6 +49,20 @@ def test_what_waits_before_an_epoch_and_that_no_step_does(method, stage, sysu_tr
         with waits() as places:
             run._step(batch, stage)
         assert not places
+
+
+def test_no_step_of_firm_waits(sysu_tree, cache, tmp_path, monkeypatch):
+    chosen = [*FIRM, write_captions(sysu_tree, tmp_path), "optim.clip=1"]
+    run = start(settings(sysu_tree, cache, *chosen), tmp_path / "run")
+    monkeypatch.setattr(run.optimizer, "step", lambda: None)
+    run._label(0, Phases(run.device))
+    plan = run.method.batches(run.state.labels, run.config.train.stages[0], np.random.RandomState(0))
+    loader = Loader(run.pixels, run.config.augment, run.device, (1, 2), run.texts)
+    batch = next(loader.batches(plan, run.state.labels, 0, ltg=False))
+    run.network.train()
+    with cuda_backend(), waits() as places:
+        run._step(batch, 0)
+    assert not places
 
 
 @pytest.mark.gpu

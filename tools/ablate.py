@@ -1,10 +1,10 @@
-"""Run an ablation table of the SALCR paper, and print it with mean and standard deviation over seeds.
+"""Run an ablation table of the SALCR or the FIRM paper, and print it with mean and standard deviation over seeds.
 
 python tools/ablate.py --table 3 --cfg demo.yaml --seeds 3 [--jobs 2] [--out runs/ablate] [--set a.b=c ...]
 
 Every cell, a row with one seed, is an ordinary run folder in --out. The same command again keeps finished cells and goes on
-with interrupted ones; cells that rows or tables have in common are trained once. Stage 1, in which all rows are the same,
-is a run of its own that the others start from.
+with interrupted ones; cells that rows or tables have in common are trained once. Stage 1 of SALCR, in which all rows are the
+same, is a run of its own that the others start from.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run is left behind
     table = TABLES[arguments.table]
     base = config.load(arguments.cfg, arguments.set)
-    protocols = _check(base)
+    protocols = _check(base, table.method)
     seeds = range(base.seed, base.seed + arguments.seeds)
     rows = plan(table, arguments.cfg, arguments.set, seeds, Path(arguments.out))
     try:
@@ -103,12 +103,12 @@ def plan(table: Table, name: str, overrides: Sequence[str], seeds: Sequence[int]
 
     def folder(kind: str, make: Callable[..., Config], changes: Sequence[str], seed: int) -> Path:
         """Named by the settings that differ from the configuration's."""
-        changed = sorted(change.removeprefix("salcr.") for change in changes if make(change) != make())
+        changed = sorted(change.removeprefix(f"{table.method}.") for change in changes if make(change) != make())
         return out / "-".join([Path(name).stem, *filter(None, [kind]), *changed, f"seed{seed}"])
 
     def run(changes: Sequence[str], seed: int) -> Run:
         place, chosen = folder("", whole, changes, seed), whole(*changes, f"seed={seed}")
-        if chosen.train.start_from:
+        if chosen.train.start_from or table.method != "salcr":
             return Run(place, chosen)
         first = Run(folder("stage1", first_stage, changes, seed), first_stage(*changes, f"seed={seed}"))
         return Run(place, replace(chosen, train=replace(chosen.train, start_from=str(first.folder))), first)
@@ -176,13 +176,13 @@ def comma_separated(lines: Sequence[Line], protocols: Sequence[str]) -> str:
     return text.getvalue().rstrip()
 
 
-def _check(base: Config) -> list[str]:
+def _check(base: Config, method: str) -> list[str]:
     """The protocols that the tables show, or a `UserError` where nothing could be trained or scored."""
-    if base.method.name != "salcr":
+    if base.method.name != method:
         raise UserError(
-            f"method.name: the tables vary the settings of salcr, got {base.method.name}; leave it at salcr"
+            f"method.name: this table varies the settings of {method}, got {base.method.name}; give a configuration of {method}"
         )
-    if len(base.train.stages) < 2:
+    if method == "salcr" and len(base.train.stages) < 2:
         raise UserError("train.stages: one stage trains the baseline alone; give a second one, in which SALCR begins")
     dataset = data.read(base.data)  # the demo is drawn here, once for all runs
     if dataset.test is None:

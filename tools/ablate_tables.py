@@ -1,4 +1,5 @@
-"""The ablation tables of SALCR (Cheng et al., IJCV 2025): every row as settings, with the numbers that the paper prints."""
+"""The ablation tables of SALCR (Cheng et al., IJCV 2025) and FIRM (Rong et al., ACML 2025): every row as settings, with the
+numbers that the paper prints."""
 
 from __future__ import annotations
 
@@ -33,12 +34,14 @@ class Table:
     Attributes:
         shows: the scores of every row that are shown: "" plain, "CMFP(te)" with the propagation at test time.
         rerank: re-rankings by which the trained networks are scored anew, as `engine.rerank.Rerank.parse` takes them.
+        method: whose settings the rows vary.
     """
 
     title: str
     rows: tuple[Row, ...]
     shows: tuple[str, ...] = ("",)
     rerank: tuple[str, ...] = ()
+    method: str = "salcr"
 
 
 def _modules(*, fgsal: bool, gpcr: bool, cmfp: bool) -> tuple[str, ...]:
@@ -175,6 +178,26 @@ SWEEPS = Table(
 )
 
 
+FIRM = Table(
+    "the modules of FIRM",
+    tuple(
+        Row(label, changes, paper={"sysu": numbers} if numbers else {})
+        for label, changes, numbers in (
+            ("w/o VSPF", ("firm.vspf.enabled=false",), (None, 57.9)),
+            ("only the last block", ("firm.vspf.blocks=last",), (None, 59.0)),
+            ("w/o gated residual", ("firm.vspf.residual=false",), (None, 60.2)),
+            ("concatenation", ("firm.vspf.mixing=concat",), (None, 59.5)),
+            ("w/o L_align", ("firm.losses.align=0",), (None, 58.1)),
+            ("w/o EMCM", ("firm.evolving=false",), ()),
+            ("w/o merging", ("firm.merge.enabled=false",), (None, 60.6)),
+            ("w/o splitting", ("firm.split.enabled=false",), (None, 60.9)),
+            ("FIRM", (), (66.5, 62.1, None, 70.9, 75.2, None)),
+        )
+    ),
+    method="firm",
+)
+
+
 def _k_tr(data: str) -> Table:
     rows = (Row(f"k_tr = {k}", _full(f"salcr.cmfp.k={k}"), paper={data: x}) for k, x in K_TR[data].items())
     return Table("the neighbours k_tr of CMFP(tr)", tuple(rows))
@@ -189,7 +212,7 @@ def _k_te(data: str) -> Table:
     return Table("the neighbours k_te of CMFP(te)", tuple(rows), ("CMFP(te)",), rerank)
 
 
-# 9 and 10, fig5 and fig6: the same rows on SYSU-MM01 and on RegDB.
+# firm2 is FIRM's Table 2; the others are SALCR's. 9 and 10, fig5 and fig6: the same rows on SYSU-MM01 and on RegDB.
 TABLES = {
     "3": MODULES,
     "4": BRANCHES,
@@ -202,4 +225,5 @@ TABLES = {
     "14": _k_te("regdb"),
     "fig5": SWEEPS,
     "fig6": SWEEPS,
+    "firm2": FIRM,
 }

@@ -203,6 +203,10 @@ def trainer_without_images(settings: Config) -> Trainer:
     """A trainer that has not read a data set: of its run there are steps only."""
     if settings.train.compile:
         raise UserError("train.compile: a compiled network cannot be looked into; use train.compile=false")
+    if not settings.augment.channels:
+        raise UserError(
+            f"method.name: steps are drawn for methods without captions, dcl and salcr among them, got {settings.method.name}"
+        )
     nothing = SimpleNamespace(train=None, test=None)
     with patch.object(trainer.data, "read", lambda _: nothing), patch.object(trainer, "decode", lambda *_: None):
         run = Trainer(settings, Path())
@@ -227,7 +231,7 @@ def draw_batch(run: Trainer, labels: Labels, people: Pair[Tensor]) -> tuple[Batc
     An image is its person's pattern of a few colours, and noise; an infrared one has no colour.
     """
     generator = torch.Generator().manual_seed(run.config.seed)
-    plan = trainer._plan(labels, run.config.train.stages[-1], seeds.random_state(run.config.seed))
+    plan = run.method.batches(labels, run.config.train.stages[-1], seeds.random_state(run.config.seed))
     rows = next(plan).map(lambda chosen: torch.from_numpy(chosen).to(run.device))
     patterns = torch.randn(int(max(map(torch.max, people))) + 1, 3, 6, 3, generator=generator).to(run.device)
 

@@ -23,18 +23,26 @@ class Batch:
     """One training step's images and labels; s rows of each modality.
 
     Attributes:
-        vis, aug, ir: `[s, 3, H, W]` float32: visible images, their channel-augmented copies, infrared images.
+        vis, aug, ir: `[s, 3, H, W]` float32: visible images, their channel-augmented copies (None without
+            `augment.channels`), infrared images.
         own: `[s]` int64 labels of the images in their own modality's label space.
         cross: `[s]` int64 labels in the other modality's space, or None.
         generator: CPU generator for whatever the step still draws.
+        texts: `[s, L]` int64 tokens of a caption of each image, -1 behind them, or None.
     """
 
     vis: Tensor
-    aug: Tensor
+    aug: Tensor | None
     ir: Tensor
     own: Pair[Tensor]
     cross: Pair[Tensor] | None
     generator: torch.Generator
+    texts: Pair[Tensor] | None = None
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of images there are."""
+        return 2 if self.aug is None else 3
 
     def labels(self, space: Modality) -> Tensor:
         """`[3s]` labels of the rows [vis; aug; ir] in one modality's label space; -1 where a row has none there."""
@@ -48,15 +56,21 @@ class Batch:
         def cut(rows: Tensor) -> tuple[Tensor, ...]:
             return rows.chunk(parts)
 
-        images = zip(cut(self.vis), cut(self.aug), cut(self.ir), strict=True)
-        own = [Pair(*labels) for labels in zip(*self.own.map(cut), strict=True)]
-        cross = (
-            [Pair(*labels) for labels in zip(*self.cross.map(cut), strict=True)] if self.cross else [None] * len(own)
-        )
-        return [
-            replace(self, vis=vis, aug=aug, ir=ir, own=mine, cross=theirs)
-            for (vis, aug, ir), mine, theirs in zip(images, own, cross, strict=True)
-        ]
+        def cut_pairs(rows: Pair[Tensor]) -> list[Pair[Tensor]]:
+            return [Pair(*halves) for halves in zip(*rows.map(cut), strict=True)]
+
+        own = cut_pairs(self.own)
+        none = [None] * len(own)
+        columns = {
+            "vis": cut(self.vis),
+            "aug": none if self.aug is None else cut(self.aug),
+            "ir": cut(self.ir),
+            "own": own,
+            "cross": cut_pairs(self.cross) if self.cross else none,
+            "texts": cut_pairs(self.texts) if self.texts else none,
+        }
+        rows = zip(*columns.values(), strict=True)
+        return [replace(self, **dict(zip(columns, row, strict=True))) for row in rows]
 
 
 class Loader:
@@ -65,12 +79,18 @@ class Loader:
     Args:
         pixels: `[N, H, W, 3]` uint8 per modality, typically memory-mapped.
         key: seeds of the augmentation draws; step i of `batches` draws from `(*key, epoch, i)` alone.
+        texts: `[N, variants, L]` int64 tokens of the images' captions, of which a batch has a random one each (FIRM Eq. 1).
     """
 
     def __init__(
-        self, pixels: Pair[np.ndarray], settings: config.Augment, device: torch.device, key: tuple[int, ...]
+        self,
+        pixels: Pair[np.ndarray],
+        settings: config.Augment,
+        device: torch.device,
+        key: tuple[int, ...],
+        texts: Pair[Tensor] | None = None,
     ) -> None:
-        self.pixels, self.settings, self.device, self.key = pixels, settings, device, key
+        self.pixels, self.settings, self.device, self.key, self.texts = pixels, settings, device, key, texts
 
     def batches(
         self, plan: Iterable[Pair[np.ndarray]], labels: Labels, epoch: int, *, ltg: bool, start: int = 0
@@ -79,21 +99,38 @@ class Loader:
         host_own, host_cross = labels.own.map(Tensor.cpu), labels.cross and labels.cross.map(Tensor.cpu)
         for step, rows, images in self._read(plan, start):
             generator = seeds.generator(*self.key, epoch, step)
-            vis, aug = transforms.augment_visible(images.vis, self.settings, generator, ltg=ltg)
-            ir = transforms.augment_infrared(images.ir, self.settings, generator)
+            aug: Tensor | None = None
+            if self.settings.channels:
+                vis, aug = transforms.augment_visible(images.vis, self.settings, generator, ltg=ltg)
+                ir = transforms.augment_infrared(images.ir, self.settings, generator)
+            else:
+                vis, ir = images.map(lambda part: transforms.augment(part, self.settings, generator))  # noqa: B023
             index = rows.map(torch.from_numpy)
             own = host_own.map(lambda part, chosen: self._send(part[chosen]), index)
             cross = host_cross and host_cross.map(lambda part, chosen: self._send(part[chosen]), index)
-            yield Batch(vis, aug, ir, own, cross, generator)
+            yield Batch(vis, aug, ir, own, cross, generator, self._draw_texts(index, generator))
 
     def views(self, plan: Iterable[Pair[np.ndarray]]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Two augmented views of every image: visible and its channel-augmented copy; infrared twice."""
+        """Two augmented views of every image: visible and its channel-augmented copy (or twice); infrared twice."""
         for step, _, images in self._read(plan, 0):
             generator = seeds.generator(*self.key, step)
-            vis, aug = transforms.augment_visible(images.vis, self.settings, generator, ltg=True)
-            first = transforms.augment_infrared(images.ir, self.settings, generator)
-            second = transforms.augment_infrared(images.ir, self.settings, generator)
+            if self.settings.channels:
+                vis, aug = transforms.augment_visible(images.vis, self.settings, generator, ltg=True)
+                infrared = transforms.augment_infrared
+            else:
+                vis, aug = (transforms.augment(images.vis, self.settings, generator) for _ in range(2))
+                infrared = transforms.augment
+            first, second = (infrared(images.ir, self.settings, generator) for _ in range(2))
             yield vis, aug, first, second
+
+    def _draw_texts(self, rows: Pair[Tensor], generator: torch.Generator) -> Pair[Tensor] | None:
+        """A random variant of each image's caption."""
+
+        def draw(tokens: Tensor, chosen: Tensor) -> Tensor:
+            variant = torch.randint(tokens.shape[1], (len(chosen),), generator=generator)
+            return self._send(tokens[chosen, variant])
+
+        return self.texts and self.texts.map(draw, rows)
 
     def _read(
         self, plan: Iterable[Pair[np.ndarray]], start: int

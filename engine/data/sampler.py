@@ -100,6 +100,54 @@ def paired_batches(
     return batches()
 
 
+def joint_batches(
+    labels: Pair[np.ndarray], *, label_count: int, image_count: int, iterations: int, rng: np.random.RandomState
+) -> Iterator[Pair[np.ndarray]]:
+    """Batches of labels that both modalities share from the start, though not each of them has images of both.
+
+    Half of the labels (the larger half) are drawn among those with visible images, the others among those with infrared
+    ones. The i-th visible and the i-th infrared images are of one label where it has both; else a label that the other
+    modality alone has stands in, or any that it has where there is none. Labels and images repeat as in
+    `independent_batches`.
+
+    Args:
+        labels: per modality [N] int64 labels, -1 for none.
+
+    Returns:
+        Per iteration and modality, [label_count * image_count] int64 rows, the images of a label side by side.
+
+    Raises:
+        UserError: a modality has no labelled image.
+    """
+    _check_counts(label_count=label_count, image_count=image_count)
+    positions = labels.map(_positions)
+    for modality, found in (("visible", positions.vis), ("infrared", positions.ir)):
+        _check_labels(len(found), 1, f"clusters with {modality} images")
+    counts = Pair(label_count - label_count // 2, label_count // 2)
+    known = positions.map(lambda found: np.array(list(found)))
+    lonely = Pair(np.setdiff1d(known.vis, known.ir), np.setdiff1d(known.ir, known.vis))
+    others = lonely.map(lambda alone, every: alone if len(alone) else every, known)
+
+    def batches() -> Iterator[Pair[np.ndarray]]:
+        for _ in range(iterations):
+            pairs = [
+                (label, label if label in positions.ir else rng.choice(others.ir))
+                for label in _choose_labels(known.vis, counts.vis, rng)
+            ]
+            # A label comes twice only where there are too few.
+            left = np.setdiff1d(known.ir, [label for pair in pairs for label in pair])
+            infrared = _choose_labels(left if len(left) >= counts.ir else known.ir, counts.ir, rng)
+            pairs += [(label if label in positions.vis else rng.choice(others.vis), label) for label in infrared]
+            yield _join(
+                [
+                    (_draw(positions.vis[vis], image_count, rng), _draw(positions.ir[ir], image_count, rng))
+                    for vis, ir in pairs
+                ]
+            )
+
+    return batches()
+
+
 def _positions(labels: np.ndarray) -> Positions:
     """Rows of each label, ascending in both; -1 has none."""
     order = np.argsort(labels, kind="stable")

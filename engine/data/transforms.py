@@ -83,6 +83,20 @@ def augment_infrared(images: Tensor, settings: Augment, generator: Generator) ->
     return _pick_planes(torch.cat([planes, grey], dim=1), table[choice + ((choice == 3) & unchanged)])
 
 
+def augment(images: Tensor, settings: Augment, generator: Generator) -> Tensor:
+    """One view of each image of either modality: cropped, flipped, colour-jittered and erased; channels stay as they are.
+
+    Args:
+        images: [B, H, W, 3] uint8.
+        generator: on the CPU.
+
+    Returns:
+        [B, 3, H, W] float32, normalised.
+    """
+    planes = _jitter(_crop_and_flip(images, settings, generator), settings.jitter, generator)
+    return _erase(_standardize(planes), settings.erase, generator)
+
+
 def _to_planes(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 

@@ -8,7 +8,7 @@ import inspect
 from engine.errors import UserError
 from engine.methods.base import Method
 
-BUILT_IN = {"dcl": "engine.methods.base", "salcr": "engine.methods.salcr"}
+BUILT_IN = {"dcl": "engine.methods.base", "salcr": "engine.methods.salcr", "firm": "engine.methods.firm"}
 
 
 def find(name: str) -> type[Method]:

@@ -1,40 +1,65 @@
-"""The DCL baseline, and the six functions that a method is made of."""
+"""The DCL baseline, and the functions that a method is made of."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engine import memory, ops
 from engine.cluster import Labels, cluster
-from engine.config import Config
+from engine.config import Config, Stage
+from engine.data import sampler
+from engine.data.dataset import Images
 from engine.data.loader import Batch
+from engine.errors import UserError
 from engine.features import Features
 from engine.model.network import Network, Output
-from engine.pair import Modality
+from engine.pair import Modality, Pair
 from engine.phases import Phases
 
 
 class Method:
     """Dual-contrastive learning within each modality (SALCR Eq. 1-3), and the base of every method.
 
-    The trainer calls the functions in the order in which they stand here. None of them touches the optimiser, files or
-    logs.
+    The trainer calls the functions in the order in which they stand here. None of them touches the optimiser, files (but
+    for captions) or logs.
+
+    Attributes:
+        memory: the memories of the running epoch; the trainer sets them. `label` finds those of the last epoch.
+        lasting: whether memories live on from epoch to epoch, and so stand in every checkpoint.
+        copies: whether batches must have channel-augmented copies of visible images, or must not.
     """
+
+    lasting = False
+    copies = True
 
     @dataclass(frozen=True)
     class Settings:
         """The method's own section of the YAML; DCL has no settings of its own."""
 
     def __init__(self, config: Config) -> None:
+        if config.augment.channels != self.copies:
+            raise UserError(
+                f"augment.channels: {config.method.name} needs {str(self.copies).lower()}, got "
+                f"{str(config.augment.channels).lower()}; it {'looks' if self.copies else 'does not look'} at copies of "
+                "visible images in one channel"
+            )
         self.config = config
         self.settings = config.settings
+        self.memory: dict[str, Tensor] = {}
 
     def build(self) -> nn.Module:
         """The network, on the CPU."""
         return Network(self.config.model)
+
+    def texts(self, images: Pair[Images]) -> Pair[Tensor] | None:
+        """`[N, variants, L]` int64 tokens of the images' captions, for methods that read any; -1 behind each."""
+        return None
 
     def label(self, features: Features, stage: int, phases: Phases) -> Labels:
         """Pseudo-labels for one epoch.
@@ -51,6 +76,19 @@ class Method:
         """Fresh memory banks for the epoch, by name; DCL has one per modality, `[clusters, D]`."""
         banks = features.whole.map(memory.cluster_memory, labels.clusters, labels.counts)
         return {"vis": banks.vis, "ir": banks.ir}
+
+    def batches(self, labels: Labels, settings: Stage, rng: np.random.RandomState) -> Iterator[Pair[np.ndarray]]:
+        """Rows of every batch of the epoch: pairs across the modalities where they are associated."""
+        own = labels.own.map(lambda part: part.cpu().numpy())
+        if labels.cross is None:
+            return sampler.independent_batches(own, **shape(settings, rng))
+        cross = labels.cross.map(lambda part: part.cpu().numpy())
+        return sampler.paired_batches(own, cross, **shape(settings, rng))
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a batch the network is called with."""
+        kinds = {"vis": batch.vis, "aug": batch.aug, "ir": batch.ir}
+        return {name: images for name, images in kinds.items() if images is not None}
 
     def losses(self, output: Output, batch: Batch, memories: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss terms of one step by name; the trainer descends on their sum.
@@ -81,6 +119,20 @@ class Method:
             numbers[f"clusters.{name}"] = count
             numbers[f"outliers.{name}"] = len(found) - clustered
         return numbers
+
+    def oracles(self, features: Features, images: Pair[Images]) -> dict[str, Pair[Tensor]]:
+        """Test features that look at true identities, by the label of their rows, which no other row is compared with."""
+        return {}
+
+
+def shape(settings: Stage, rng: np.random.RandomState) -> dict[str, Any]:
+    """A stage's settings as the samplers take them."""
+    return {
+        "label_count": settings.labels,
+        "image_count": settings.images,
+        "iterations": settings.iterations,
+        "rng": rng,
+    }
 
 
 _INTRA: tuple[tuple[str, Modality], ...] = (("vis", "vis"), ("aug", "vis"), ("ir", "ir"))

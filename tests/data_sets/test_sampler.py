@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.sampler import independent_batches, paired_batches
+from engine.data.sampler import independent_batches, joint_batches, paired_batches
 from engine.errors import UserError
 from engine.pair import Pair
 
@@ -124,3 +124,28 @@ def test_empty_batches_are_refused(shape):
         independent_batches(labels, **shape, iterations=1, rng=rng())
     with pytest.raises(ValueError, match="_count must be at least 1, got 0"):
         paired_batches(labels, labels, **shape, iterations=1, rng=rng())
+
+
+JOINT = Pair(np.array([0] * 5 + [1] * 5 + [2] * 5 + [-1]), np.array([0] * 5 + [3] * 5 + [1] * 5 + [4] * 2 + [-1]))
+
+
+def test_joint_batches_pair_images_of_a_label_and_let_lonely_labels_stand_in_for_each_other():
+    seen = Pair(set(), set())
+    for batch in joint_batches(JOINT, label_count=4, image_count=3, iterations=40, rng=rng()):
+        drawn = Pair(JOINT.vis[batch.vis], JOINT.ir[batch.ir])
+        for labels, every in zip(drawn, seen, strict=True):
+            assert len(labels) == 12 and (labels.reshape(4, 3) == labels[::3, None]).all() and (labels >= 0).all()
+            every.update(labels)
+        for vis, ir in zip(drawn.vis, drawn.ir, strict=True):
+            assert vis == ir or (vis == 2 and ir in (3, 4))
+        assert len(set(drawn.ir)) >= 3
+    assert seen == Pair({0, 1, 2}, {0, 1, 3, 4})
+
+
+def test_joint_batches_without_any_shared_or_any_lonely_label():
+    for vis, ir in (([0, 0, 1], [2, 3, 3]), ([0, 1, 1], [1, 0, 0])):
+        labels = Pair(np.array(vis), np.array(ir))
+        for batch in joint_batches(labels, label_count=2, image_count=2, iterations=5, rng=rng()):
+            assert len(batch.vis) == len(batch.ir) == 4
+    with pytest.raises(UserError, match="no clusters with infrared images"):
+        joint_batches(Pair(np.array([0]), np.array([-1])), label_count=1, image_count=1, iterations=1, rng=rng())

@@ -363,3 +363,13 @@ def test_infrared_takes_one_of_four_channel_operations(grey):
     for expected, probability in (*((channel, 0.25) for channel in plain), (mix, grey / 4), (plain, (1 - grey) / 4)):
         close = torch.isclose(got, expected.expand(3, -1, -1), atol=1e-6).flatten(1).all(1)
         assert abs(share(close) - probability) <= near(probability, 4000)
+
+
+def test_images_of_both_modalities_can_be_augmented_alike_and_keep_their_channels():
+    images = pixels(6, 24, 12)
+    plain = transforms.augment(images, Augment(pad=0, flip=0, erase=0, jitter=0), generator())
+    torch.testing.assert_close(plain, transforms.normalize(images))
+    flipped = transforms.augment(images, Augment(pad=0, flip=1, erase=0, jitter=0), generator())
+    torch.testing.assert_close(flipped, transforms.normalize(images).flip(3))
+    first, again = (transforms.augment(images, Augment(pad=2), generator()) for _ in range(2))
+    assert torch.equal(first, again) and not torch.allclose(first, plain)

@@ -241,7 +241,17 @@ def test_the_papers_numbers_stand_beside_ours():
     }
 
 
-@pytest.mark.parametrize("name", TABLES)
+def test_firms_rows_are_whole_runs_of_firm():
+    table = TABLES["firm2"]
+    rows = ablate.plan(table, "sysu_firm.yaml", [], [7], Path("out"))
+    assert all(row[0].after is None and not row[0].config.train.start_from for row in rows)
+    folders = {row[0].folder.name for row in rows}
+    assert len(folders) == len(rows) == 9
+    assert {"sysu_firm-seed7", "sysu_firm-vspf.enabled=false-seed7"} < folders
+    assert all(len(numbers) in (2, 6) for row in table.rows for numbers in row.paper.values())
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if TABLES[name].method == "salcr"])
 def test_every_table_is_settings(name):
     data_set = "regdb" if name in ("10", "12", "14", "fig6") else "sysu"
     rows = ablate.plan(TABLES[name], f"{data_set}.yaml", [], [7], Path("out"))
@@ -260,7 +270,8 @@ def test_every_table_is_settings(name):
         (["--table", "3", "--cfg", "demo.yaml", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--table", "3", "--cfg", "demo.yaml", "--jobs", "-1"], "--jobs: expected at least 1, got -1"),
         (["--table", "3", "--cfg", "dmeo.yaml"], "did you mean 'demo.yaml'?"),
-        (["--table", "3", "--cfg", "demo.yaml", "--set", "method.name=dcl"], "method.name: the tables vary"),
+        (["--table", "3", "--cfg", "demo.yaml", "--set", "method.name=dcl"], "method.name: this table varies"),
+        (["--table", "firm2", "--cfg", "demo.yaml"], "give a configuration of firm"),
         (["--table", "3", "--cfg", "demo.yaml", "--set", "optim.lrr=1"], "optim.lrr: no such setting"),
         (
             [
