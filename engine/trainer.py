@@ -242,11 +242,12 @@ class Trainer:
             self.pixels.map(lambda pixels: rng.choice(len(pixels), min(settings.images, len(pixels)), replace=False))
             for _ in range(settings.iterations)
         )
-        loader = Loader(self.pixels, self.config.augment, self.device, key)
+        loader = Loader(self.pixels, self.config.augment, self.device, key, self.texts)
         self.network.train()
         bar = tqdm(loader.views(plan), "warm-up", settings.iterations, leave=False, disable=None, unit="step")
-        for vis, aug, first, second in bar:
-            features = self._forward(0, vis=vis, aug=aug, ir=torch.cat([first, second])).features
+        for vis, aug, first, second, texts in bar:
+            read = {"vis_text": texts.vis, "ir_text": texts.ir} if texts else {}
+            features = self._forward(0, vis=vis, aug=aug, ir=torch.cat([first, second]), **read).features
             views = features.split([len(vis), len(aug), len(first), len(second)])
             loss = instance_contrast(views[0], views[1], settings.temperature)
             loss = loss + instance_contrast(views[2], views[3], settings.temperature)

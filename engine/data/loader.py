@@ -110,9 +110,14 @@ class Loader:
             cross = host_cross and host_cross.map(lambda part, chosen: self._send(part[chosen]), index)
             yield Batch(vis, aug, ir, own, cross, generator, self._draw_texts(index, generator))
 
-    def views(self, plan: Iterable[Pair[np.ndarray]]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Two augmented views of every image: visible and its channel-augmented copy (or twice); infrared twice."""
-        for step, _, images in self._read(plan, 0):
+    def views(
+        self, plan: Iterable[Pair[np.ndarray]]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Pair[Tensor] | None]]:
+        """Two augmented views of every image: visible and its channel-augmented copy (or twice); infrared twice.
+
+        Last come captions of the first views, then of the second ones, where there are any.
+        """
+        for step, rows, images in self._read(plan, 0):
             generator = seeds.generator(*self.key, step)
             if self.settings.channels:
                 vis, aug = transforms.augment_visible(images.vis, self.settings, generator, ltg=True)
@@ -121,7 +126,8 @@ class Loader:
                 vis, aug = (transforms.augment(images.vis, self.settings, generator) for _ in range(2))
                 infrared = transforms.augment
             first, second = (infrared(images.ir, self.settings, generator) for _ in range(2))
-            yield vis, aug, first, second
+            index = rows.map(torch.from_numpy)
+            yield vis, aug, first, second, self._draw_texts(index.map(lambda part: part.repeat(2)), generator)
 
     def _draw_texts(self, rows: Pair[Tensor], generator: torch.Generator) -> Pair[Tensor] | None:
         """A random variant of each image's caption."""

@@ -180,8 +180,9 @@ class PromptNetwork(nn.Module):
         """Rows of `Output`: visible images, then other views of them, then infrared images.
 
         Args:
-            vis, aug, ir: `[B, 3, H, W]` float images; None = none. Other views, of the warm-up, come without captions.
-            vis_text, ir_text: `[B, L]` int64 tokens of their captions; without them nothing is injected.
+            vis, aug, ir: `[B, 3, H, W]` float images; None = none.
+            vis_text, ir_text: `[B, L]` int64 tokens of the captions of visible images and other views, and of infrared ones;
+                without them nothing is injected.
             paired: `[B]` bool, whether the i-th visible and the i-th infrared image are taken for one person. Then the
                 visible caption says what the infrared one is compensated by; otherwise fused features are the plain ones.
             stage: not looked at.

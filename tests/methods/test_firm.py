@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from engine import checkpoint, config, evolve, methods
 from engine.cluster import Labels
-from engine.data.loader import Batch
+from engine.data.loader import Batch, Loader
 from engine.errors import UserError
 from engine.evaluate import evaluate_checkpoint
 from engine.evolve import FUSED, IR, VIS
@@ -355,6 +355,22 @@ def test_a_run_logs_what_happened_to_the_memory(whole):
     )
     assert "memory     " in (folder / "log.txt").read_text()
     assert table[0][0] == "untrained"
+
+
+@NOISE
+def test_both_views_of_the_warm_up_come_with_captions_of_their_image(sysu_tree, whole, described, tmp_path):
+    run = start(settings(sysu_tree, whole[1], *CHOSEN, *described), tmp_path)
+    rows = Pair(np.array([3, 0]), np.array([1, 2]))
+    loader = Loader(run.pixels, run.config.augment, run.device, (1,), run.texts)
+    drawn = [texts for *_, texts in loader.views([rows] * 20)]
+    for texts in drawn:
+        for found, every, chosen in zip(texts, run.texts, rows, strict=True):
+            assert len(found) == 4
+            for tokens, row in zip(found, [*chosen, *chosen], strict=True):
+                assert any(torch.equal(tokens, variant) for variant in every[row])
+    assert any(not torch.equal(texts.vis[0], texts.vis[2]) for texts in drawn)
+    silent = Loader(run.pixels, run.config.augment, run.device, (1,))
+    assert next(iter(silent.views([rows])))[-1] is None
 
 
 @NOISE
