@@ -79,6 +79,20 @@ def test_the_printed_transport_never_opens_the_gate_and_the_relaxed_one_does():
     assert (relaxed > 0.5).float().mean() > 0.9
 
 
+@pytest.mark.parametrize(("temperature", "learns"), [(0.05, False), (0.1, True)])
+def test_a_plan_at_the_temperature_of_the_contrast_teaches_nothing(temperature, learns):
+    """Both are then one softmax, but for the weights of columns: targets are what the features already say."""
+    bank = unit(100, 64, seed=3)
+    features = F.normalize(bank[:64] + 1.1 * unit(64, 64, seed=4)).requires_grad_()
+    plan = evolve.transport(features, bank, torch.full((100,), 10.0), Transport(0.05, 5, 0.01, "counts"))
+    own = F.one_hot(torch.arange(64), 100).float()
+    pulls = []
+    for targets in (plan, own):
+        (gradient,) = torch.autograd.grad(ops.soft_contrast(features, bank, targets, temperature), features)
+        pulls.append(-(gradient * bank[:64]).sum(1).mean())
+    assert (pulls[0] > 0.1 * pulls[1]) == learns
+
+
 def test_the_gate_opens_above_both_of_its_thresholds():
     fused, own = torch.tensor([0.51, 0.5, 0.9, 0.9]), torch.tensor([0.41, 0.9, 0.4, 0.41])
     assert evolve.gate(fused, own, Gate()).tolist() == [True, False, False, True]
