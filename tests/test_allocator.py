@@ -16,10 +16,10 @@ from engine.allocator import keep_freed_memory
 assert keep_freed_memory() == (sys.argv[1] == "keeps")
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(30):  # aligned blocks take some turns to find their places
-    torch.ones(1 << 24)
+    torch.ones(1 << 22)
 before = faults()
 for _ in range(10):
-    torch.ones(1 << 24)  # 64 MiB
+    torch.ones(1 << 22)  # 16 MiB
 print(faults() - before)
 """
 

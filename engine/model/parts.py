@@ -57,16 +57,16 @@ class PartHead(nn.Module):
             seen |= dict(zip(looks, found.unbind(1), strict=True))
         return torch.stack([torch.stack([seen[q, m] for m in range(kinds)], dim=1) for q in range(kinds)], dim=1)
 
-    def _stripes(self, rows: Tensor) -> list[Tensor]:
+    def _stripes(self, rows: Tensor) -> tuple[Tensor, ...]:
         count, positions = len(self.prototypes), rows.shape[3]
         length = -(-positions // count) if self.uneven else positions // count
-        starts = range(0, count * length, length) if length else ()
-        if not starts or starts[-1] >= positions:
+        stripes = rows[..., : count * length].split(length, dim=3) if length else ()
+        if len(stripes) < count:
             raise UserError(
                 f"salcr.fgsal.parts: the feature map has {positions} positions, too few for {count} parts; use fewer "
                 "parts, or larger images (data.size)"
             )
-        return [rows[..., start : start + length] for start in starts]
+        return stripes
 
     def _normalise(self, part: Tensor) -> Tensor:
         """BatchNorm over the parts' concatenation, then unit length per part; `[N_p, kinds, s, D]` both ways."""
