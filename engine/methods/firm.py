@@ -149,6 +149,7 @@ class Firm(Method):
                 ("vspf.text_layers", self.vspf.text_layers, (self.vspf.text_layers or 0) >= 0, "at least 0"),
                 ("transport.reg", self.transport.reg, self.transport.reg > 0, "a number above 0"),
                 ("transport.iterations", self.transport.iterations, self.transport.iterations >= 1, "at least 1"),
+                ("transport.own", self.transport.own, self.transport.own >= 0, "at least 0"),
                 ("transport.relax", self.transport.relax, (self.transport.relax or 0) >= 0, "at least 0"),
                 ("gate.step", self.gate.step, 0 <= self.gate.step <= 1, "0 to 1"),
                 ("split.least", self.split.least, self.split.least >= 1, "at least 1"),
@@ -326,11 +327,10 @@ class Firm(Method):
             features = (output.fused if number == FUSED else output.features)[rows]
             present = memories[f"present.{number}"]
             bank = F.normalize(memories["prototypes"][number][present])
+            plan = (labels[rows].unsqueeze(1) == present).to(bank.dtype)
             if self.settings.evolving:
                 counts = memories["counts"][present]
-                plan = evolve.transport(features, bank, counts, self.settings.transport)
-            else:
-                plan = (labels[rows].unsqueeze(1) == present).to(bank.dtype)
+                plan = evolve.transport(features, bank, counts, self.settings.transport, plan)
             found.append(View(number, rows, features, bank, plan, present[plan.argmax(1)]))
         return found
 
