@@ -55,8 +55,7 @@ def augment_visible(images: Tensor, settings: Augment, generator: Generator, *, 
     if ltg:
         original = _scale_rectangles(original, settings.ltg, generator)
     original = _erase(_standardize(original), settings.erase, generator)
-    augmented = _jitter(_crop_and_flip(images, settings, generator), settings.jitter, generator)
-    augmented = _erase(_standardize(augmented), settings.erase, generator)
+    augmented = augment(images, settings, generator)
     channels = torch.randint(3, (len(images), 1), generator=generator).expand(-1, 3)
     return original, _pick_planes(augmented, channels)
 
@@ -74,8 +73,7 @@ def augment_infrared(images: Tensor, settings: Augment, generator: Generator) ->
     Returns:
         [B, 3, H, W] float32, normalised.
     """
-    planes = _jitter(_crop_and_flip(images, settings, generator), settings.jitter, generator)
-    planes = _erase(_standardize(planes), settings.erase, generator)
+    planes = augment(images, settings, generator)
     grey = _grey(planes)
     choice = torch.randint(4, (len(images),), generator=generator)
     unchanged = torch.rand(len(images), generator=generator) >= settings.grey
