@@ -83,15 +83,12 @@ def load_network(network: nn.Module, content: dict[str, Any], fresh: str = "") -
     Args:
         fresh: a part of the network that stays as it is, whether the checkpoint has it or not; "" = none.
     """
-
-    def split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        kept = {name for name in state if fresh and name.startswith(f"{fresh}.")}
-        return {name: state[name] for name in kept}, {name: state[name] for name in state if name not in kept}
-
-    own, _ = split(network.state_dict())
-    _, loaded = split(content["network"])
+    state = content["network"]
+    if fresh:
+        own = {name: value for name, value in network.state_dict().items() if name.startswith(f"{fresh}.")}
+        state = own | {name: value for name, value in state.items() if not name.startswith(f"{fresh}.")}
     try:
-        network.load_state_dict(own | loaded)
+        network.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(
             f"the checkpoint is of another network (its model settings: {content['config'].get('model')}): "

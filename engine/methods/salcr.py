@@ -309,18 +309,15 @@ class Salcr(Method):
         if batch.cross is None:
             return super().update(output, batch, memories)
         parts = self._parts(output)
+        queries = [] if parts is None else self._queries(parts.detach(), batch)
+        rows = torch.cat([output.features.detach(), *(seen.flatten(0, 1) for _, seen, _, _ in queries)])
         for space in _SPACES:
-            bank = memories[space]
-            rows, labels = [output.features.detach()], [batch.labels(space)]
-            if parts is not None:
-                for _, seen, given, group in self._queries(parts.detach(), batch):
-                    rows.append(seen.flatten(0, 1))
-                    # The groups' prototypes follow one another: all of them are updated at once.
-                    first = torch.arange(group.start, group.stop, device=bank.device).unsqueeze(1) * bank.shape[1]
-                    labels.append(torch.where(given[space] < 0, -1, given[space] + first).flatten())
-            memory.update(
-                bank.flatten(0, 1), torch.cat(rows), torch.cat(labels), self.config.memory.momentum, batch.generator
-            )
+            bank, labels = memories[space], [batch.labels(space)]
+            for _, _, given, group in queries:
+                # The groups' prototypes follow one another: all of them are updated at once.
+                first = torch.arange(group.start, group.stop, device=bank.device).unsqueeze(1) * bank.shape[1]
+                labels.append(torch.where(given[space] < 0, -1, given[space] + first).flatten())
+            memory.update(bank.flatten(0, 1), rows, torch.cat(labels), self.config.memory.momentum, batch.generator)
 
 
 _SPACES: tuple[Modality, ...] = ("vis", "ir")
