@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import torch
 import yaml
+from torch import Tensor
 
-from engine import config
+from engine import checkpoint, config
 from engine.config import Config
 from engine.data import captions
 from engine.trainer import Trainer
@@ -43,6 +50,37 @@ def settings(root: Path, cache: Path, *overrides: str) -> Config:
 
 def start(loaded: Config, folder: Path) -> Trainer:
     return Trainer(loaded, folder)
+
+
+@contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """Inside, whoever has trained this many steps is interrupted before the next one."""
+    step, done = Trainer._step, list[int]()
+
+    def interrupted(self: Trainer, *arguments: Any) -> dict[str, Tensor]:
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(0)
+        return step(self, *arguments)
+
+    with mock.patch.object(Trainer, "_step", interrupted):
+        yield
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What a run logged, but for times and memory."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("epoch", "stage", "lr", "labels", "losses", "scores")} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Metrics, network and memories are equal to the bit."""
+    assert metrics(one) == metrics(other)
+    found, expected = (checkpoint.load(folder / "last.pt") for folder in (one, other))
+    for part in ("network", "memories"):
+        assert found[part].keys() == expected[part].keys()
+        for name, value in found[part].items():
+            assert torch.equal(value, expected[part][name]), name
 
 
 def write_captions(root: Path, folder: Path) -> str:

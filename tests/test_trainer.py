@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from small_runs import settings, start
+from small_runs import assert_same_run, interrupted_after, metrics, settings, start
 
 from engine import checkpoint, methods, trainer
 from engine.data.loader import Loader
@@ -33,20 +33,8 @@ def whole(sysu_tree, cache, tmp_path_factory):
     return folder, start(settings(sysu_tree, cache), folder).run()
 
 
-def metrics(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("epoch", "stage", "lr", "labels", "losses", "scores")} for row in rows]
-
-
 def weights(folder, name="last.pt"):
     return checkpoint.load(folder / name)["network"]
-
-
-def assert_same_run(one, other):
-    assert metrics(one) == metrics(other)
-    expected = weights(other)
-    for name, value in weights(one).items():
-        assert torch.equal(value, expected[name]), name
 
 
 def test_a_run_leaves_settings_log_metrics_checkpoints_and_a_table(whole):
@@ -78,20 +66,10 @@ def test_another_seed_gives_another_run(whole, sysu_tree, cache, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 7, 11])
-def test_a_run_stopped_anywhere_resumes_to_the_same_bits(whole, sysu_tree, cache, tmp_path, monkeypatch, stop):
+def test_a_run_stopped_anywhere_resumes_to_the_same_bits(whole, sysu_tree, cache, tmp_path, stop):
     loaded = settings(sysu_tree, cache, "train.checkpoint_steps=2")
-    step, done = Trainer._step, []
-
-    def interrupted(self, batch, stage):
-        if len(done) == stop:
-            raise KeyboardInterrupt
-        done.append(0)
-        return step(self, batch, stage)
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(stop), pytest.raises(KeyboardInterrupt):
         start(loaded, tmp_path).run()
-    monkeypatch.setattr(Trainer, "_step", step)
     before = checkpoint.load(tmp_path / "last.pt")
     assert 3 * before["epoch"] + before["step"] in (stop, stop - 1)
     torch.manual_seed(99)  # the state of the process must not matter

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_runs import FIRM, settings, start, write_captions
+from small_runs import FIRM, assert_same_run, interrupted_after, settings, start, write_captions
 from torch.nn import functional as F
 
-from engine import checkpoint, config, evolve, methods
+from engine import config, evolve, methods
 from engine.cluster import Labels
 from engine.data.loader import Batch, Loader
 from engine.errors import UserError
@@ -330,17 +330,6 @@ def whole(sysu_tree, described, tmp_path_factory):
 NOISE = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels", "ignore:.*no description")
 
 
-def assert_same_run(one, other):
-    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
-    for found, expected in zip(*rows, strict=True):
-        for key in ("labels", "losses", "scores", "lr"):
-            assert found[key] == expected[key]
-    expected = checkpoint.load(other / "last.pt")
-    for part in ("network", "memories"):
-        for name, value in checkpoint.load(one / "last.pt")[part].items():
-            assert torch.equal(value, expected[part][name]), name
-
-
 @NOISE
 def test_a_run_logs_what_happened_to_the_memory(whole):
     folder, _, table = whole
@@ -374,20 +363,10 @@ def test_both_views_of_the_warm_up_come_with_captions_of_their_image(sysu_tree, 
 
 
 @NOISE
-def test_a_stopped_run_resumes_to_the_same_bits(whole, sysu_tree, described, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_bits(whole, sysu_tree, described, tmp_path):
     loaded = settings(sysu_tree, whole[1], *CHOSEN, *described, "train.checkpoint_steps=2")
-    step, done = Trainer._step, []
-
-    def interrupted(self, batch, stage):
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        done.append(0)
-        return step(self, batch, stage)
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(5), pytest.raises(KeyboardInterrupt):
         start(loaded, tmp_path).run()
-    monkeypatch.setattr(Trainer, "_step", step)
     Trainer(loaded, tmp_path, resume=True).run()
     assert_same_run(tmp_path, whole[0])
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import write_settings
+from small_runs import interrupted_after, metrics, write_settings
 
 from engine import checkpoint, config
 from engine.errors import UserError
@@ -120,11 +119,6 @@ def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "copied")
 
 
-def metrics(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("epoch", "stage", "lr", "labels", "losses", "scores")} for row in rows]
-
-
 def test_what_is_finished_is_kept_whichever_table_it_is_of_and_wherever_it_was_moved(copied, started, call, capsys):
     assert call("--table", "small", "--seeds", 1, "--out", copied, "--set", "device=cpu") == 0
     assert not started
@@ -151,23 +145,14 @@ def test_neighbours_at_test_time_are_scored_on_the_one_run_and_kept(copied, star
 
 
 def test_a_cell_is_the_second_stage_of_a_whole_run_and_goes_on_when_interrupted(
-    finished, copied, started, call, own, tmp_path, monkeypatch
+    finished, copied, started, call, own, tmp_path
 ):
     Trainer(config.load(str(own), SHORT), tmp_path / "whole").run()
-    step, done = Trainer._step, []
-
-    def interrupted(self, *arguments):
-        if done:
-            raise KeyboardInterrupt
-        done.append(0)
-        return step(self, *arguments)
-
     cell = copied / "own-seed0"
     shutil.rmtree(cell)
     arguments = ("--table", "small", "--seeds", 1, "--out", copied)
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    assert call(*arguments, "--set", "train.checkpoint_steps=1", "--set", "data.workers=1") == 130
-    monkeypatch.setattr(Trainer, "_step", step)
+    with interrupted_after(1):
+        assert call(*arguments, "--set", "train.checkpoint_steps=1", "--set", "data.workers=1") == 130
     assert checkpoint.load(cell / "last.pt")["step"] == 1
     assert call(*arguments) == 0
     assert started == ["own-seed0", "own-seed0"]
