@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -475,6 +475,11 @@ def _check(config: Config) -> None:
     for i, stage in enumerate(stages):
         for name, value in dataclasses.asdict(stage).items():
             rules.append((f"train.stages.{i}.{name}", value, value >= 1, "at least 1"))
+    check_ranges(rules)
+
+
+def check_ranges(rules: Iterable[tuple[str, Any, bool, str]]) -> None:
+    """Raise a `UserError` for the first (setting, value, whether it is good, what is expected) that is not good."""
     for name, value, good, expected in rules:
         if not good:
             raise UserError(f"{name}: expected {expected}, got {value}")

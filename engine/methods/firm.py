@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from engine import density, evolve, ops
 from engine.cluster import Labels, dense
-from engine.config import Config, Stage
+from engine.config import Config, Stage, check_ranges
 from engine.data import captions, sampler
 from engine.data.dataset import Images
 from engine.data.loader import Batch
-from engine.errors import UserError
 from engine.evolve import FUSED, IR, VIS, Gate, Merge, Split, Transport
 from engine.features import Features
 from engine.methods.base import Method, shape
@@ -156,9 +155,7 @@ class Firm(Method):
                 ("losses.rise", self.losses.rise, self.losses.rise >= 0, "at least 0"),
                 ("losses.momentum", self.losses.momentum, 0 <= self.losses.momentum <= 1, "0 to 1"),
             ]
-            for name, value, good, expected in rules:
-                if not good:
-                    raise UserError(f"firm.{name}: expected {expected}, got {value}")
+            check_ranges((f"firm.{name}", value, good, expected) for name, value, good, expected in rules)
 
     settings: Settings
     lasting = True

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from engine import memory, ops
 from engine.associate import associate
 from engine.cluster import Labels, relabel_nearest
+from engine.config import check_ranges
 from engine.data.loader import Batch
-from engine.errors import UserError
 from engine.features import Features
 from engine.methods.base import Method
 from engine.model.network import Network, Output
@@ -144,10 +144,18 @@ class Salcr(Method):
                 section = getattr(self, module)
                 if getattr(section, name) is None:
                     object.__setattr__(self, module, replace(section, **{name: values[column]}))
-            if self.fgsal.parts < 1:
-                raise UserError(
-                    f"salcr.fgsal.parts: must be at least 1, got {self.fgsal.parts}; for none, enabled=false"
-                )
+            parts, gpcr, cmfp, transport = self.fgsal.parts, self.gpcr, self.cmfp, self.transport
+            check_ranges(
+                [
+                    ("salcr.fgsal.parts", parts, parts >= 1, "at least 1 (for none, salcr.fgsal.enabled=false)"),
+                    ("salcr.gpcr.k", gpcr.k, gpcr.k >= 1, "at least 1"),
+                    ("salcr.gpcr.weight", gpcr.weight, gpcr.weight >= 0, "at least 0"),
+                    ("salcr.cmfp.k", cmfp.k, cmfp.k >= 1, "at least 1"),
+                    ("salcr.transport.reg", transport.reg, transport.reg > 0, "a number above 0"),
+                    ("salcr.transport.tol", transport.tol, transport.tol >= 0, "at least 0"),
+                    ("salcr.transport.max_iter", transport.max_iter, transport.max_iter >= 1, "at least 1"),
+                ]
+            )
 
     settings: Settings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,9 +282,21 @@ def test_the_readings_set_the_switches_that_are_left_empty():
     assert build("salcr.reading=paper").build().parts.uneven
 
 
-def test_no_parts_at_all_is_refused():
-    with pytest.raises(UserError, match="salcr.fgsal.parts: must be at least 1, got 0"):
-        build("salcr.fgsal.parts=0")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("fgsal.parts=0", "fgsal.parts: expected at least 1 (for none, salcr.fgsal.enabled=false), got 0"),
+        ("gpcr.k=0", "gpcr.k: expected at least 1, got 0"),
+        ("gpcr.weight=-1", "gpcr.weight: expected at least 0, got -1"),
+        ("cmfp.k=0", "cmfp.k: expected at least 1, got 0"),
+        ("transport.reg=0", "transport.reg: expected a number above 0, got 0"),
+        ("transport.tol=-1", "transport.tol: expected at least 0, got -1"),
+        ("transport.max_iter=0", "transport.max_iter: expected at least 1, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_a_run_begins(override, message):
+    with pytest.raises(UserError, match=re.escape(f"salcr.{message}")):
+        build(f"salcr.{override}")
 
 
 def test_micro_batches_join_to_the_whole_batch():
