@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, data, methods, ops
-from engine.config import Config, Source, override, parse
+from engine import ops
+from engine.config import Config
 from engine.data import cache
 from engine.data.dataset import Dataset, Images, Protocol
-from engine.device import pick_device
-from engine.errors import UserError
 from engine.features import NAMES, Features, extract
 from engine.pair import Modality, Pair
 from engine.phases import Phases
@@ -180,37 +177,6 @@ def evaluate_network(
     return scores
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), rerank: Sequence[str] | None = None) -> list[Score]:
-    """Score a checkpoint by the configuration it carries; re-ranking is timed.
-
-    Args:
-        overrides: "a.b=c" changes, for example the data set's place, or another data set.
-        rerank: re-ranked rows other than those of the configuration, as `Rerank.parse` takes them.
-
-    Raises:
-        UserError: the data set has nothing to score on, its test images were trained on under these settings, or there
-            is no such re-ranker.
-    """
-    content = checkpoint.load(path)
-    trained = parse(content["config"])
-    config = parse(override(content["config"], overrides))
-    rerankers = None if rerank is None else [config.evaluate.rerank.parse(text) for text in rerank]
-    _refuse_leak(trained, config)
-    dataset = data.read(config.data)
-    if dataset.test is None:
-        raise UserError(f"{dataset.name}: has no query/ and gallery/ to score on")
-    device = pick_device(config.device)
-    blank = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has the weights
-    kind = methods.find(config.method.name)
-    texts, method = kind(config).texts(dataset.test), kind(blank)
-    network = method.build().to(device)
-    checkpoint.load_network(network, content)
-    pixels = decode(dataset.test, config, "test")
-    return evaluate_network(
-        network, dataset, pixels, config, device, rerankers, texts=texts, oracles=method.oracles, timed=True
-    )
-
-
 def decode(images: Pair[Images], config: Config, part: str) -> Pair[np.ndarray]:
     """`[N, H, W, 3]` uint8 per modality, from the cache where it holds them; `part` names them on the progress bar."""
     settings = config.data
@@ -220,25 +186,3 @@ def decode(images: Pair[Images], config: Config, part: str) -> Pair[np.ndarray]:
         return cache.decode(files, settings.size, folder=place, workers=settings.workers, label=f"{name} {part}")
 
     return images.map(one, Pair(*NAMES.values()))
-
-
-def _refuse_leak(trained: Config, config: Config) -> None:
-    before = trained.data.sources
-    for place, new in config.data.sources.items():
-        # At its old place and in its old layout it is the data set trained on, whose root may have moved.
-        rivals = [before[place]] if place in before and before[place].name == new.name else before.values()
-        for old in rivals:
-            if old.name == new.name:
-                _refuse_leak_between(old, new, place)
-
-
-def _refuse_leak_between(old: Source, new: Source, place: str) -> None:
-    if old.name == "regdb" and old.trial != new.trial:
-        raise UserError(
-            f"{place}.trial: the network was trained on split {old.trial} and cannot be scored on split {new.trial}, whose "
-            f"test identities it has partly seen; set {place}.trial={old.trial}, or train on split {new.trial}"
-        )
-    if old.split == "test" and new.split == "val":
-        raise UserError(
-            f"{place}.split: the network was trained on the val identities; train with data.split=val to score them"
-        )

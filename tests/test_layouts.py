@@ -12,7 +12,7 @@ from small_runs import settings, start
 
 from engine import config
 from engine.errors import UserError
-from engine.evaluate import evaluate_checkpoint
+from engine.trained import evaluate_checkpoint
 from engine.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels")

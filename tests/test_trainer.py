@@ -14,8 +14,8 @@ from small_runs import assert_same_run, interrupted_after, metrics, settings, st
 from engine import checkpoint, methods, trainer
 from engine.data.loader import Loader
 from engine.errors import UserError
-from engine.evaluate import evaluate_checkpoint
 from engine.phases import Phases
+from engine.trained import evaluate_checkpoint
 from engine.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels")

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from engine import checkpoint, report
 from engine.errors import UserError, run_tool
-from engine.evaluate import Score, evaluate_checkpoint, score, summary, trial_distance
+from engine.evaluate import Score, score, summary, trial_distance
 from engine.phases import Phases
 from engine.rerank import Rerank
+from engine.trained import evaluate_checkpoint
 
 COLUMNS = "query_ids, gallery_ids, query_cams, gallery_cams (int [Q], [G], [Q], [G])"
 

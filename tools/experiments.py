@@ -16,7 +16,8 @@ import torch
 from engine import checkpoint, config, runs
 from engine.config import Config, to_dict
 from engine.errors import UserError
-from engine.evaluate import Score, evaluate_checkpoint, summary
+from engine.evaluate import Score, summary
+from engine.trained import evaluate_checkpoint
 
 
 @dataclass(frozen=True)

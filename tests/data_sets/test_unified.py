@@ -16,8 +16,9 @@ from engine import config, runs
 from engine.config import Data, Source
 from engine.data import folder, llcm, regdb, sysu, unified
 from engine.errors import UserError
-from engine.evaluate import evaluate, evaluate_checkpoint
+from engine.evaluate import evaluate
 from engine.pair import Pair
+from engine.trained import evaluate_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels")
 

@@ -14,13 +14,13 @@ from engine import config, evolve, methods
 from engine.cluster import Labels
 from engine.data.loader import Batch, Loader
 from engine.errors import UserError
-from engine.evaluate import evaluate_checkpoint
 from engine.evolve import FUSED, IR, VIS
 from engine.features import Features
 from engine.methods import firm
 from engine.model.network import Output
 from engine.pair import Pair
 from engine.phases import Phases
+from engine.trained import evaluate_checkpoint
 from engine.trainer import Trainer
 
 TIMES = Phases(torch.device("cpu"))

@@ -15,7 +15,8 @@ from small_runs import interrupted_after, metrics, write_settings
 
 from engine import checkpoint, config
 from engine.errors import UserError
-from engine.evaluate import Score, evaluate_checkpoint
+from engine.evaluate import Score
+from engine.trained import evaluate_checkpoint
 from engine.trainer import Trainer
 
 TOOLS = Path(__file__).parents[2] / "tools"
