@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ from engine.device import pick_device
 from engine.errors import UserError
 from engine.evaluate import Score, decode, evaluate_network
 from engine.features import NAMES, autocast, extract
-from engine.losses import instance_contrast
 from engine.model.network import Output
 from engine.pair import Pair
 from engine.phases import Phases
@@ -235,7 +235,7 @@ class Trainer:
         return sums
 
     def _warm_up(self) -> None:
-        """Instance contrast of random images within each modality, before the first clustering."""
+        """Steps on random images, before the first clustering."""
         settings, key = self.config.train.warm_up, (_WARMING, self.config.seed)
         rng = seeds.random_state(*key)
         plan = (
@@ -245,14 +245,12 @@ class Trainer:
         loader = Loader(self.pixels, self.config.augment, self.device, key, self.texts)
         self.network.train()
         bar = tqdm(loader.views(plan), "warm-up", settings.iterations, leave=False, disable=None, unit="step")
-        for vis, aug, first, second, texts in bar:
-            read = {"vis_text": texts.vis, "ir_text": texts.ir} if texts else {}
-            features = self._forward(0, vis=vis, aug=aug, ir=torch.cat([first, second]), **read).features
-            views = features.split([len(vis), len(aug), len(first), len(second)])
-            loss = instance_contrast(views[0], views[1], settings.temperature)
-            loss = loss + instance_contrast(views[2], views[3], settings.temperature)
-            _assert_finite(loss, "warm-up")
-            self.scaler.scale(loss).backward()
+        for step, views in enumerate(bar):
+            optim.set_rate(self.optimizer, self.config.optim, self.config.optim.lr, step)
+            terms = self.method.warm_up(functools.partial(self._forward, 0), views)
+            for name, term in terms.items():
+                _assert_finite(term, f"warm-up {name}")
+            self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()
             self._descend()
 
     def _descend(self) -> None:

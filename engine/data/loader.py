@@ -73,6 +73,22 @@ class Batch:
         return [replace(self, **dict(zip(columns, row, strict=True))) for row in rows]
 
 
+@dataclass(frozen=True)
+class Views:
+    """Two augmented views of the same images, on the device, for the warm-up.
+
+    Attributes:
+        first, second: `[B, 3, H, W]` float images per modality; the second of a visible image is its channel-augmented copy,
+            where there are copies.
+        texts: `[B, L]` int64 tokens of captions per modality, of the first views and of the second ones; none where
+            images have none.
+    """
+
+    first: Pair[Tensor]
+    second: Pair[Tensor]
+    texts: tuple[Pair[Tensor], ...] = ()
+
+
 class Loader:
     """Turns index batches into `Batch`es. Reading runs one batch ahead in a thread; augmentation runs on the device.
 
@@ -108,35 +124,40 @@ class Loader:
             index = rows.map(torch.from_numpy)
             own = host_own.map(lambda part, chosen: self._send(part[chosen]), index)
             cross = host_cross and host_cross.map(lambda part, chosen: self._send(part[chosen]), index)
-            yield Batch(vis, aug, ir, own, cross, generator, self._draw_texts(index, generator))
+            texts = self._draw_texts(index, generator, 1)
+            yield Batch(vis, aug, ir, own, cross, generator, texts[0] if texts else None)
 
-    def views(
-        self, plan: Iterable[Pair[np.ndarray]]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Pair[Tensor] | None]]:
-        """Two augmented views of every image: visible and its channel-augmented copy (or twice); infrared twice.
-
-        Last come captions of the first views, then of the second ones, where there are any.
-        """
+    def views(self, plan: Iterable[Pair[np.ndarray]]) -> Iterator[Views]:
+        """Two augmented views of every image. They read different variants of its caption, where it has some."""
         for step, rows, images in self._read(plan, 0):
             generator = seeds.generator(*self.key, step)
             if self.settings.channels:
-                vis, aug = transforms.augment_visible(images.vis, self.settings, generator, ltg=True)
+                vis, other = transforms.augment_visible(images.vis, self.settings, generator, ltg=True)
                 infrared = transforms.augment_infrared
             else:
-                vis, aug = (transforms.augment(images.vis, self.settings, generator) for _ in range(2))
+                vis, other = (transforms.augment(images.vis, self.settings, generator) for _ in range(2))
                 infrared = transforms.augment
-            first, second = (infrared(images.ir, self.settings, generator) for _ in range(2))
+            ir, again = (infrared(images.ir, self.settings, generator) for _ in range(2))
             index = rows.map(torch.from_numpy)
-            yield vis, aug, first, second, self._draw_texts(index.map(lambda part: part.repeat(2)), generator)
+            yield Views(Pair(vis, ir), Pair(other, again), self._draw_texts(index, generator, 2))
 
-    def _draw_texts(self, rows: Pair[Tensor], generator: torch.Generator) -> Pair[Tensor] | None:
-        """A random variant of each image's caption."""
+    def _draw_texts(self, rows: Pair[Tensor], generator: torch.Generator, count: int) -> tuple[Pair[Tensor], ...]:
+        """`count` variants of each image's caption, a random one and those after it; nothing where there are none."""
+        if self.texts is None:
+            return ()
+        variants = self.texts.map(
+            lambda tokens, chosen: torch.randint(tokens.shape[1], chosen.shape, generator=generator), rows
+        )
 
-        def draw(tokens: Tensor, chosen: Tensor) -> Tensor:
-            variant = torch.randint(tokens.shape[1], (len(chosen),), generator=generator)
-            return self._send(tokens[chosen, variant])
+        def draw(after: int) -> Pair[Tensor]:
+            assert self.texts is not None
 
-        return self.texts and self.texts.map(draw, rows)
+            def read(tokens: Tensor, chosen: Tensor, variant: Tensor) -> Tensor:
+                return self._send(tokens[chosen, (variant + after) % tokens.shape[1]])
+
+            return self.texts.map(read, rows, variants)
+
+        return tuple(draw(after) for after in range(count))
 
     def _read(
         self, plan: Iterable[Pair[np.ndarray]], start: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from engine.cluster import Labels, cluster
 from engine.config import Config, Stage
 from engine.data import sampler
 from engine.data.dataset import Images
-from engine.data.loader import Batch
+from engine.data.loader import Batch, Views
 from engine.errors import UserError
 from engine.features import Features
+from engine.losses import instance_contrast
 from engine.model.network import Network, Output
 from engine.pair import Modality, Pair
 from engine.phases import Phases
@@ -60,6 +61,14 @@ class Method:
     def texts(self, images: Pair[Images]) -> Pair[Tensor] | None:
         """`[N, variants, L]` int64 tokens of the images' captions, for methods that read any; -1 behind each."""
         return None
+
+    def warm_up(self, forward: Callable[..., Output], views: Views) -> dict[str, Tensor]:
+        """The loss terms of one step before the first clustering: instance contrast of views within each modality.
+
+        Args:
+            forward: the network, called as `forward(vis=, aug=, ir=, ...)`.
+        """
+        return contrast_views(forward(**view_inputs(views)).features, views, self.config.train.warm_up.temperature)
 
     def label(self, features: Features, stage: int, phases: Phases) -> Labels:
         """Pseudo-labels for one epoch.
@@ -123,6 +132,34 @@ class Method:
     def oracles(self, features: Features, images: Pair[Images]) -> dict[str, Pair[Tensor]]:
         """Test features that look at true identities, by the label of their rows, which no other row is compared with."""
         return {}
+
+
+def view_inputs(views: Views) -> dict[str, Tensor]:
+    """What the network is called with to see two views of each image, with their captions."""
+    given = {"vis": views.first.vis, "aug": views.second.vis, "ir": torch.cat([views.first.ir, views.second.ir])}
+    if views.texts:
+        one, other = views.texts
+        given |= {"vis_text": torch.cat([one.vis, other.vis]), "ir_text": torch.cat([one.ir, other.ir])}
+    return given
+
+
+def view_rows(rows: Tensor, views: Views) -> tuple[Tensor, ...]:
+    """What comes of `view_inputs`, cut: visible images, their other views, infrared images, their other views."""
+    return rows.split([len(part) for pair in zip(views.first, views.second, strict=True) for part in pair])
+
+
+def contrast_views(rows: Tensor, views: Views, temperature: float, what: str = "") -> dict[str, Tensor]:
+    """Instance contrast of the two views of each image, within each modality.
+
+    Args:
+        rows: `[R, D]` unit rows in the order of `view_inputs`.
+        what: put before the names of the terms.
+    """
+    vis, other, ir, again = view_rows(rows, views)
+    return {
+        f"{what}vis": instance_contrast(vis, other, temperature),
+        f"{what}ir": instance_contrast(ir, again, temperature),
+    }
 
 
 def shape(settings: Stage, rng: np.random.RandomState) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ from engine.cluster import Labels, dense
 from engine.config import Config, Stage, check_ranges
 from engine.data import captions, sampler
 from engine.data.dataset import Images
-from engine.data.loader import Batch
+from engine.data.loader import Batch, Views
 from engine.evolve import FUSED, IR, VIS, Gate, Merge, Split, Transport
 from engine.features import Features
-from engine.methods.base import Method, shape
+from engine.losses import instance_contrast
+from engine.methods.base import Method, contrast_views, shape, view_inputs, view_rows
 from engine.model import clip
 from engine.model.network import Output
 from engine.model.prompts import PromptNetwork, Vspf
@@ -178,6 +179,29 @@ class Firm(Method):
         found = captions.read(images, self.config.data.root, settings.captions, settings.missing_caption)
         tokenize = clip.tokenizer(self.config.model, settings.vspf.prefix)
         return found.map(lambda side: encode([side.description, side.paraphrase], tokenize))
+
+    def warm_up(self, forward: Callable[..., Output], views: Views) -> dict[str, Tensor]:
+        """Contrast of views with their captions; of captions with each other; and of images alone with captions, as CLIP is
+        trained, whose weights bring what a network that starts at random has to learn here: a space that images and texts
+        of both modalities share.
+        """
+        temperature = self.config.train.warm_up.temperature
+        output = forward(**view_inputs(views))
+        terms = contrast_views(output.features, views, temperature)
+        if output.content is None:
+            return terms
+        said = F.normalize(output.content)
+        alone = forward(vis=views.first.vis, ir=views.first.ir).features
+        vis, _, ir, _ = view_rows(said, views)
+        seen_vis, seen_ir = alone.split([len(vis), len(ir)])
+        return (
+            terms
+            | contrast_views(said, views, temperature, "captions.")
+            | {
+                "clip.vis": instance_contrast(seen_vis, vis, temperature),
+                "clip.ir": instance_contrast(seen_ir, ir, temperature),
+            }
+        )
 
     def label(self, features: Features, stage: int, phases: Phases) -> Labels:
         """Clusters of both modalities at once, or those that the memory has grown to by now."""

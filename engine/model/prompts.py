@@ -32,7 +32,8 @@ class Vspf:
         keys: what the cross-attention looks at: all "tokens" of the caption, or one "vector", as printed, which makes it an
             addition.
         prefix: learnable tokens before the caption (Eq. 2).
-        text_layers: layers of the text encoder, from the last, that learn; 0 as printed in sec. 3.2.2.
+        text_layers: layers of the text encoder, from the last, that learn; 0 as printed in sec. 3.2.2; more than it has:
+            all of it, its words too, for encoders that start at random.
         compensation: the difference of texts is added to infrared features (Eq. 7-10).
     """
 

@@ -53,7 +53,8 @@ class TextTransformer(nn.Module):
     Args:
         shape: of the network.
         prefix: number of learnable tokens between the start token and the caption.
-        learning: layers, counted from the last, that learn besides the prefix; all other parameters stay as they are.
+        learning: layers, counted from the last, that learn besides the prefix; all other parameters stay as they are. More
+            than there are: everything learns.
     """
 
     def __init__(self, shape: Shape, prefix: int, learning: int) -> None:
@@ -65,12 +66,9 @@ class TextTransformer(nn.Module):
         self.final_norm = nn.LayerNorm(shape.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         initialise(self.layers, shape.width)
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
+        self.requires_grad_(learning > shape.layers)
         self.prefix.requires_grad_(True)
-        for layer in self.layers[len(self.layers) - learning :]:
-            for parameter in layer.parameters():
-                parameter.requires_grad_(True)
+        self.layers[max(0, shape.layers - learning) :].requires_grad_(True)
 
     def forward(self, tokens: Tensor) -> Text:
         """`[B, L]` int64, each row a start token, the caption's and an end token, then -1."""

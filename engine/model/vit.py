@@ -36,7 +36,7 @@ class Shape:
 
 SHAPES = {
     "vit_b16": Shape(768, 12, 12, 16, (2, 6, 10, 12)),
-    "vit_small": Shape(96, 4, 4, 8, (1, 2, 3, 4), True),
+    "vit_small": Shape(128, 4, 4, 16, (1, 2, 3, 4), True),
 }
 
 
@@ -45,7 +45,8 @@ class VisionTransformer(nn.Module):
 
     Args:
         shape: of the network.
-        size: height and width of the images in pixels; what a last patch would overhang is cut off.
+        size: height and width of the images in pixels; a last patch that would overhang is left out, or, by convolutions,
+            filled with zeros.
     """
 
     scale: Tensor
@@ -54,7 +55,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, shape: Shape, size: tuple[int, int]) -> None:
         super().__init__()
         self.taps = shape.taps
-        self.grid = (size[0] // shape.patch, size[1] // shape.patch)
+        overhang = shape.patch - 1 if shape.convolutions else 0
+        self.grid = ((size[0] + overhang) // shape.patch, (size[1] + overhang) // shape.patch)
         spread = shape.width**-0.5
         self.class_embedding = nn.Parameter(spread * torch.randn(shape.width))
         self.patch_embedding: nn.Module

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from engine import config, evolve, methods
 from engine.cluster import Labels
-from engine.data.loader import Batch, Loader
+from engine.data.loader import Batch, Loader, Views
 from engine.errors import UserError
 from engine.evolve import FUSED, IR, VIS
 from engine.features import Features
+from engine.losses import instance_contrast
 from engine.methods import firm
 from engine.model.network import Output
 from engine.pair import Pair
@@ -254,8 +255,8 @@ def test_children_of_a_split_are_one_label_for_batches():
 def test_fusion_features_take_the_text_of_the_same_label_or_of_the_nearest_image():
     method = build()
     method.build()
-    content = Pair(*(torch.randn(20, 96, generator=torch.Generator().manual_seed(i)) for i in (4, 5)))
-    wide = people().whole.map(lambda rows: F.pad(rows, (0, 88)))
+    content = Pair(*(torch.randn(20, 128, generator=torch.Generator().manual_seed(i)) for i in (4, 5)))
+    wide = people().whole.map(lambda rows: F.pad(rows, (0, 120)))
     features = Features(wide, content=content)
     nearest = (wide.ir @ wide.vis.T).argmax(1)
     fuse = method.network.prompts.fuse
@@ -351,15 +352,47 @@ def test_both_views_of_the_warm_up_come_with_captions_of_their_image(sysu_tree, 
     run = start(settings(sysu_tree, whole[1], *CHOSEN, *described), tmp_path)
     rows = Pair(np.array([3, 0]), np.array([1, 2]))
     loader = Loader(run.pixels, run.config.augment, run.device, (1,), run.texts)
-    drawn = [texts for *_, texts in loader.views([rows] * 20)]
+    drawn = [views.texts for views in loader.views([rows] * 20)]
     for texts in drawn:
-        for found, every, chosen in zip(texts, run.texts, rows, strict=True):
-            assert len(found) == 4
-            for tokens, row in zip(found, [*chosen, *chosen], strict=True):
-                assert any(torch.equal(tokens, variant) for variant in every[row])
-    assert any(not torch.equal(texts.vis[0], texts.vis[2]) for texts in drawn)
+        for found, every, chosen in zip(zip(*texts, strict=True), run.texts, rows, strict=True):
+            for one, other, row in zip(*found, chosen, strict=True):
+                pair = [torch.equal(one, variant) for variant in every[row]]
+                assert pair in ([True, False], [False, True])
+                assert torch.equal(other, every[row][pair.index(False)])
+    assert any(not torch.equal(texts[0].vis[0], drawn[0][0].vis[0]) for texts in drawn)
     silent = Loader(run.pixels, run.config.augment, run.device, (1,))
-    assert next(iter(silent.views([rows])))[-1] is None
+    assert next(iter(silent.views([rows]))).texts == ()
+
+
+def test_the_warm_up_draws_images_captions_and_paraphrases_together():
+    """In each modality: two views with their captions; the captions; and images alone with their captions."""
+    method = build("train.warm_up.temperature=0.2")
+    rows, content, alone = (unit(8, seed=i) for i in range(3))
+    calls = []
+
+    def forward(**given):
+        calls.append(set(given))
+        both = "vis_text" in given
+        return Output(rows, rows if both else alone[:4], content=3 * content if both else None)
+
+    images, tokens = torch.zeros(2, 3, 1, 1), torch.zeros(2, 5, dtype=torch.int64)
+    views = Views(Pair(images, images), Pair(images, images), (Pair(tokens, tokens), Pair(tokens, tokens)))
+    found = method.warm_up(forward, views)
+    expected = {
+        name: instance_contrast(one, other, 0.2)
+        for name, one, other in (
+            ("vis", rows[:2], rows[2:4]),
+            ("ir", rows[4:6], rows[6:]),
+            ("captions.vis", content[:2], content[2:4]),
+            ("captions.ir", content[4:6], content[6:]),
+            ("clip.vis", alone[:2], content[:2]),
+            ("clip.ir", alone[2:4], content[4:6]),
+        )
+    }
+    assert calls == [{"vis", "aug", "ir", "vis_text", "ir_text"}, {"vis", "ir"}]
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
 
 
 @NOISE

@@ -8,9 +8,12 @@ from torch.nn import functional as F
 
 from engine import config
 from engine.errors import UserError
+from engine.model import text, vit
 from engine.model.prompts import Concat, CrossAttention, GatedResidual, PromptNetwork, Vspf
+from engine.model.text import TextTransformer
 
 SETTINGS = config.Model(backbone="vit_small", weights="none")
+WIDTH = vit.SHAPES["vit_small"].width
 FULL = {"keys": "tokens", "text_layers": 2}
 
 
@@ -81,13 +84,13 @@ def test_concatenation_adds_a_linear_layer_of_token_and_text():
 def test_text_comes_in_at_the_blocks_that_are_asked_for(switches, taps):
     net = network(**switches)
     seen = net.prompts.encoder(captions())
-    x = torch.randn(3, 9, 96)
+    x = torch.randn(3, 9, WIDTH)
     assert {tap for tap in range(4) if not torch.equal(net.prompts.inject(x, tap, seen), x)} == taps
 
 
 def test_keys_as_printed_add_the_same_to_every_token():
     net = network(keys="vector")
-    x, seen = torch.randn(3, 9, 96), net.prompts.encoder(captions())
+    x, seen = torch.randn(3, 9, WIDTH), net.prompts.encoder(captions())
     added = net.prompts.inject(x, 3, seen) - x
     torch.testing.assert_close(added, added[:, :1].expand_as(added))
 
@@ -98,7 +101,7 @@ def test_features_are_unit_rows_visible_ones_first_and_images_alone_decide_witho
     torch.testing.assert_close(output.features.norm(dim=1), torch.ones(6))
     torch.testing.assert_close(output.features[3:], net(ir=images(seed=2)).features)
     assert output.content is None and torch.equal(output.fused, output.features)
-    assert output.classes.shape == (4, 6, 96)
+    assert output.classes.shape == (4, 6, WIDTH)
     read = net(vis=images(seed=1), vis_text=captions())
     assert not torch.allclose(read.features, output.features[:3], atol=1e-3)
     off = network(enabled=False)(vis=images(seed=1), vis_text=captions())
@@ -119,7 +122,7 @@ def test_infrared_features_are_compensated_by_the_difference_of_paired_captions(
     said = [net.prompts.project(net.prompts.encoder(text[2:]).vectors) for text in texts.values()]
     torch.testing.assert_close(difference, sum(levels[k] * (said[0][k] - said[1][k]) for k in range(3)))
     hidden = F.gelu(difference @ net.prompts.compensate[0].weight.T) @ net.prompts.compensate[2].weight.T
-    shift = F.layer_norm(hidden, (96,)) / 96**0.5
+    shift = F.layer_norm(hidden, (WIDTH,)) / WIDTH**0.5
     expected = F.normalize(output.features[5:] + 0.1 * shift)
     torch.testing.assert_close(output.fused[5:], expected)
     assert torch.equal(
@@ -145,6 +148,19 @@ def test_everything_that_is_used_has_a_gradient_and_the_frozen_text_layers_have_
     learning = {name for name, value in net.named_parameters() if value.requires_grad}
     assert learning - moved == set()
     assert not any(name.startswith("prompts.encoder.layers.0.") for name in learning)
+
+
+def test_text_layers_beyond_those_there_are_let_the_whole_encoder_learn():
+    for layers, frozen in ((0, 3), (2, 1), (3, 0), (4, 0)):
+        encoder = TextTransformer(text.SHAPES["vit_small"], 8, layers)
+        silent = {
+            name.split(".")[1]
+            for name, value in encoder.named_parameters()
+            if not value.requires_grad and "layers" in name
+        }
+        assert len(silent) == frozen
+        assert encoder.prefix.requires_grad
+        assert encoder.token_embedding.weight.requires_grad == (layers > 3)
 
 
 def test_layers_are_counted_from_the_features_down():
