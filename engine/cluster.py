@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from engine import config, ops
 from engine.pair import Pair
 
+BLOCK_ENTRIES = 1 << 24
+"""Distances held at a time: 64 MB."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -47,7 +50,16 @@ class Labels:
 
     def moved(self, own: Pair[Tensor], cross: Pair[Tensor]) -> Labels:
         """The same clusters, which need not be counted again, with training labels of a method."""
-        labels = replace(self, own=own, cross=cross)
+        return self._with(own=own, cross=cross)
+
+    def to(self, device: torch.device) -> Labels:
+        """The same labels on a device."""
+        names = ("clusters", "own") if self.cross is None else ("clusters", "own", "cross")
+        return self._with(**{name: getattr(self, name).map(lambda rows: rows.to(device)) for name in names})
+
+    def _with(self, **parts: Pair[Tensor]) -> Labels:
+        """The same clusters, at most elsewhere."""
+        labels = replace(self, **parts)
         object.__setattr__(labels, "_totals", self._totals)
         return labels
 
@@ -109,21 +121,19 @@ def quality(labels: Labels, ids: Pair[np.ndarray]) -> dict[str, float]:
 
 def _pair_scores(vis: np.ndarray, ir: np.ndarray, vis_ids: np.ndarray, ir_ids: np.ndarray) -> tuple[float, float]:
     """Precision and recall over all visible-infrared pairs of one label space."""
-    labels = max(vis.max(), ir.max()) + 1
-    people = np.unique(np.concatenate([vis_ids, ir_ids]))
-    people = people[people >= 0]
+    known = Pair((vis >= 0) & (vis_ids >= 0), (ir >= 0) & (ir_ids >= 0))
+    people = 1 + max(vis_ids.max(), ir_ids.max())
+    both = _common(vis[known.vis] * people + vis_ids[known.vis], ir[known.ir] * people + ir_ids[known.ir])
+    shared = _common(vis[known.vis], ir[known.ir])
+    same = _common(vis_ids[vis_ids >= 0], ir_ids[ir_ids >= 0])
+    return both / max(shared, 1), both / max(same, 1)
 
-    def table(rows: np.ndarray, true: np.ndarray) -> np.ndarray:
-        known = (rows >= 0) & (true >= 0)
-        counts = np.zeros((labels, len(people)))
-        np.add.at(counts, (rows[known], np.searchsorted(people, true[known])), 1)
-        return counts
 
-    by_vis, by_ir = table(vis, vis_ids), table(ir, ir_ids)
-    right = (by_vis * by_ir).sum()
-    shared = (by_vis.sum(1) * by_ir.sum(1)).sum()
-    same = sum(np.sum(vis_ids == person) * np.sum(ir_ids == person) for person in people)
-    return float(right / max(shared, 1)), float(right / max(same, 1))
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """How many pairs of an entry of each are equal."""
+    (values, counts), (others, other_counts) = (np.unique(part, return_counts=True) for part in (one, other))
+    _, places, other_places = np.intersect1d(values, others, assume_unique=True, return_indices=True)
+    return int(counts[places] @ other_counts[other_places])
 
 
 def relabel_nearest(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
@@ -132,5 +142,7 @@ def relabel_nearest(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     Args:
         features: `[N, D]`; labels: `[N]` int64; means: `[C, D]`.
     """
-    distance = means.square().sum(1) - 2 * features @ means.T
-    return torch.where(labels >= 0, distance.argmin(1), labels)
+    lengths = means.square().sum(1)
+    blocks = features.split(max(1, BLOCK_ENTRIES // max(1, len(means))))
+    nearest = [(lengths - 2 * rows @ means.T).argmin(1) for rows in blocks]
+    return torch.where(labels >= 0, torch.cat(nearest), labels)

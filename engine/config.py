@@ -177,6 +177,8 @@ class Train:
         precision: "fp32", "tf32" (matrix units' float32), or autocast to "bf16" / "fp16" (with loss scaling).
         accumulate: parts that a batch is split into, to fit in memory; BatchNorm then sees one part at a time.
         checkpoint_steps: also checkpoint within an epoch, every so many steps; 0 = at the end of an epoch only.
+        features: where the features of all images lie, and what is as large: in the "memory" of the device, or on the "disk",
+            in the cache's folder, from where the CPU makes the labels: docs/scale.md.
     """
 
     stages: tuple[Stage, ...]
@@ -187,6 +189,7 @@ class Train:
     compile: bool = False
     accumulate: int = 1
     checkpoint_steps: int = 0
+    features: Literal["memory", "disk"] = "memory"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from engine.phases import Phases
 from engine.rerank import Reranker
 
 RANKS = (1, 5, 10, 20)
+BLOCK_ENTRIES = 1 << 25
+"""Distances held at a time, where they are not re-ranked: 128 MB."""
 Oracles = Callable[[Features, Pair[Images]], dict[str, Pair[Tensor]]]
 
 
@@ -63,6 +65,22 @@ def score(
     return values | {"mAP": 100 * float(ranking.mAP), "mINP": 100 * float(ranking.mINP)}, int(ranking.valid_queries)
 
 
+def score_features(
+    query: Tensor, gallery: Tensor, ids: tuple[Tensor, Tensor], cams: tuple[Tensor, Tensor], rule: str
+) -> tuple[dict[str, float], int]:
+    """`score` of the cosine distances of unit features `[Q, D]`, `[G, D]`, which are made in blocks of queries."""
+    rows = max(1, BLOCK_ENTRIES // max(1, len(gallery)))
+    blocks = zip(query.split(rows), ids[0].split(rows), cams[0].split(rows), strict=True)
+    found = [
+        score(trial_distance(part, gallery, None), (part_ids, ids[1]), (part_cams, cams[1]), rule)
+        for part, part_ids, part_cams in blocks
+    ]
+    if len(found) == 1:
+        return found[0]
+    valid = sum(count for _, count in found)
+    return {name: sum(values[name] * count for values, count in found) / max(valid, 1) for name in found[0][0]}, valid
+
+
 def summary(
     name: str, rerank: str, trials: Sequence[tuple[dict[str, float], int]], clock: Phases | None = None
 ) -> Score:
@@ -91,7 +109,7 @@ def trial_distance(query: Tensor, gallery: Tensor, reranker: Reranker | None, cl
         `[Q, G]`, smaller is more alike.
     """
     if reranker is None:
-        return 1 - query @ gallery.T
+        return (query @ gallery.T).neg_().add_(1)
     if clock is None:
         return reranker(query, gallery)
     on_gpu = query.device.type == "cuda"
@@ -143,8 +161,11 @@ def _evaluate(
             (column(test[query], name, trial.queries), column(test[gallery], name, trial.gallery))
             for name in ("ids", "cams")
         )
-        distance = trial_distance(parts[query], parts[gallery], reranker, clock)
-        trials.append(score(distance, ids, cams, protocol.rule))
+        if reranker is None:
+            trials.append(score_features(parts[query], parts[gallery], ids, cams, protocol.rule))
+        else:
+            distance = trial_distance(parts[query], parts[gallery], reranker, clock)
+            trials.append(score(distance, ids, cams, protocol.rule))
     return summary(protocol.name, reranker.label if reranker else "", trials, clock)
 
 

@@ -208,7 +208,7 @@ def relabel(memory: Memory, fused: Pair[Tensor]) -> Memory:
     moved = {}
     for modality in ("vis", "ir"):
         old = memory[f"labels.{modality}"]
-        nearest = (fused[modality] @ bank.T).argmax(1) if len(bank) else old
+        nearest = ops.topk(fused[modality], bank, 1)[1][:, 0]
         moved[f"labels.{modality}"] = torch.where(old >= 0, nearest, -1)
     memory = memory | moved
     taken = torch.bincount(_all_labels(memory).clamp(min=-1) + 1, minlength=len(bank) + 1)[1:] > 0

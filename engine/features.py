@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from engine import storage
 from engine.config import Config
 from engine.data import transforms
 from engine.pair import Modality, Pair
+from engine.storage import MEMORY, Storage
 
 NAMES: dict[Modality, str] = {"vis": "visible", "ir": "infrared"}
 
@@ -27,11 +29,13 @@ class Features:
         parts: `[N_p, N, D]` float32 unit rows per modality, each image's own queries on its own map; None where the
             network gives none.
         content: `[N, D]` float32 what the captions say, per modality; None where the network looks at none.
+        storage: where they lie, and what is as large as they are should.
     """
 
     whole: Pair[Tensor]
     parts: Pair[Tensor] | None = None
     content: Pair[Tensor] | None = None
+    storage: Storage = MEMORY
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[object]:
@@ -62,9 +66,10 @@ def extract(
         texts: `[N, variants, L]` int64 tokens of captions, of which the first variant is looked at.
 
     Returns:
-        Features on `device`.
+        Features on `device`, or, with `train.features` of "disk", on the CPU and mapped.
     """
     training = network.training
+    place = storage.of(config)
     network.eval()
     with autocast(config, device):
         found = {
@@ -78,6 +83,7 @@ def extract(
                 mirror,
                 stage,
                 progress,
+                place,
             )
             for name in NAMES
         }
@@ -85,7 +91,7 @@ def extract(
     columns = [None if vis is None or ir is None else Pair(vis, ir) for vis, ir in zip(*found.values(), strict=True)]
     whole, parts, content = columns
     assert whole is not None
-    return Features(whole, parts, content)
+    return Features(whole, parts, content, place)
 
 
 @torch.no_grad()
@@ -99,9 +105,17 @@ def _extract(
     mirror: bool,
     stage: int,
     progress: str,
+    place: Storage,
 ) -> tuple[Tensor | None, ...]:
     """Features of whole images and, where the network gives them, of their parts, and contents of captions."""
-    whole, parts, contents = [], [], []
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, start: int, rows: Tensor) -> None:
+        """Put `[..., n, D]` rows of some images in their place among those of all, for which there is room from the start."""
+        if name not in found:
+            found[name] = place.empty(*rows.shape[:-2], len(pixels), rows.shape[-1], like=rows)
+        found[name][..., start : start + rows.shape[-2], :] = rows
+
     title = f"{progress}, {NAMES[modality]}"
     for start in tqdm(range(0, len(pixels), batch), title, leave=False, disable=None if progress else True):
         block = torch.from_numpy(np.array(pixels[start : start + batch]))  # a copy: the file is mapped read-only
@@ -111,9 +125,9 @@ def _extract(
         features = output.features
         if mirror:
             features = F.normalize(features + network(**{modality: images.flip(3)}, **read).features)
-        whole.append(features)
+        keep("whole", start, features)
         if output.parts is not None:
-            parts.append(output.parts[:, 0, 0])
+            keep("parts", start, output.parts[:, 0, 0])
         if output.content is not None:
-            contents.append(output.content)
-    return torch.cat(whole), torch.cat(parts, dim=1) if parts else None, torch.cat(contents) if contents else None
+            keep("content", start, output.content)
+    return found["whole"], found.get("parts"), found.get("content")

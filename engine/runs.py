@@ -25,6 +25,7 @@ MOVABLE = (
     "data.cache",
     "data.workers",
     "train.checkpoint_steps",
+    "train.features",
     "tensorboard",
 )
 

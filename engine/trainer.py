@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ class Trainer:
         elif config.train.start_from:
             self._start_from(config.train.start_from)
         self.forward: Any = torch.compile(self.network) if config.train.compile else self.network
+
+    @cached_property
+    def images(self) -> str:
+        """What is trained on; looked at once, as every checkpoint says it and there may be millions of files."""
+        return _fingerprint(self.dataset.train)
 
     def run(self) -> list[tuple[str, Score]]:
         """Train to the end; returns the rows of the final table, which is also in the folder's results.md."""
@@ -181,6 +187,9 @@ class Trainer:
                 progress="training images",
                 texts=self.texts,
             )
+            # Features that are mapped are on the CPU, and so are labels and memories while they are made.
+            place = features.whole.vis.device
+            self.method.memory = {name: bank.to(place) for name, bank in state.memories.items()}
         labels = self.method.label(features, stage, phases)
         state.labels_kept = 0 in labels.counts
         if state.labels_kept:
@@ -193,10 +202,11 @@ class Trainer:
                     "better features (model.weights, train.warm_up)"
                 )
             self.log.say(f"no cluster among the {' and '.join(empty)} images: the last epoch's labels are kept")
-            labels = state.labels
-        state.labels = labels
+            labels = state.labels.to(place)
         with phases("memories"):
-            state.memories = self.method.memory = self.method.memories(features, labels)
+            memories = self.method.memories(features, labels)
+            state.memories = self.method.memory = {name: bank.to(self.device) for name, bank in memories.items()}
+        state.labels = labels.to(self.device)
 
     def _steps(self, settings: Stage, epoch: int, within: int, stage: int, rate: float) -> None:
         state, config = self.state, self.config
@@ -323,16 +333,15 @@ class Trainer:
             "best": state.best and [state.best[0], [asdict(score) for score in state.best[1]]],
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "images": _fingerprint(self.dataset.train),
+            "images": self.images,
         }
         checkpoint.save(self.folder / name, content)
 
     def _restore(self, content: dict[str, Any]) -> None:
-        now = _fingerprint(self.dataset.train)
-        if content["images"] != now:
+        if content["images"] != self.images:
             raise UserError(
                 f"{self.folder}: the training images are not those this run was started with ({content['images']} then, "
-                f"{now} now); restore the data set, or start a new run"
+                f"{self.images} now); restore the data set, or start a new run"
             )
         checkpoint.load_network(self.network, content)
         self.optimizer.load_state_dict(content["optimizer"])

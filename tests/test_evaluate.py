@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import engine.evaluate
 from engine import ops, report
 from engine.data.dataset import Dataset, Images, Protocol, Trial
 from engine.errors import UserError
-from engine.evaluate import Score, evaluate, score, summary
+from engine.evaluate import Score, evaluate, score, score_features, summary
 from engine.pair import Pair
 from engine.rerank import Aim, Cmfp
 
@@ -98,6 +99,19 @@ def test_re_ranking_sees_one_trial_at_a_time(dataset, monkeypatch):
 def a_score(trials: int = 2, rerank: str = "") -> Score:
     names = ["R1", "R5", "R10", "R20", "mAP", "mINP"]
     return summary("all", rerank, [({name: 50.0 + i for name in names}, 3) for i in range(trials)])
+
+
+def test_blocks_of_queries_score_as_all_of_them_do(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (F.normalize(torch.randn(count, 8, generator=generator)) for count in (23, 11))
+    ids = torch.arange(23) % 7, torch.arange(11) % 5  # two of seven have no match
+    cams = 3 + 3 * (torch.arange(23) % 2), 1 + torch.arange(11) % 2
+    expected, valid = score(1 - query @ gallery.T, ids, cams, "sysu")
+    assert 0 < valid < 23
+    for entries in (1, 50, 23 * 11):
+        monkeypatch.setattr(engine.evaluate, "BLOCK_ENTRIES", entries)
+        values, count = score_features(query, gallery, ids, cams, "sysu")
+        assert count == valid and values == pytest.approx(expected, abs=1e-10)
 
 
 def test_a_table_has_a_row_per_score_and_a_spread_where_there_is_one():

@@ -55,8 +55,9 @@ def test_a_run_leaves_settings_log_metrics_checkpoints_and_a_table(whole):
     assert set(metrics(folder)[3]["losses"]) == modules
 
 
-def test_the_same_seed_gives_the_same_bits(whole, sysu_tree, cache, tmp_path):
-    start(settings(sysu_tree, cache), tmp_path).run()
+@pytest.mark.parametrize("features", ["memory", "disk"])
+def test_the_same_seed_gives_the_same_bits(whole, sysu_tree, cache, tmp_path, features):
+    start(settings(sysu_tree, cache, f"train.features={features}"), tmp_path).run()
     assert_same_run(tmp_path, whole[0])
 
 

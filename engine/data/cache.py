@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
@@ -21,7 +19,7 @@ from tqdm import tqdm
 from engine.data import layout
 from engine.data.dataset import Images
 from engine.errors import UserError
-from engine.folders import cache_folder
+from engine.folders import cache_folder, writable
 
 FORMAT = 1  # part of every key: raise it when the same files would be decoded to other pixels
 BLOCK = 256  # images decoded before they are written, which bounds the memory
@@ -51,11 +49,11 @@ def decode(
     """
     if not images.paths:
         raise UserError(f"no {label} images to decode")
-    cache = Path(folder).expanduser() if folder else cache_folder()
+    cache = cache_folder(folder)
     shape = (len(images), *size, 3)
     file = cache / f"{label.replace(' ', '-')}-{_key(images.paths, size)}.npy"
     if not file.exists():
-        with _writable(cache, int(np.prod(shape))):
+        with writable(cache, int(np.prod(shape))):
             _clean(cache)
             with _temporary(file) as output:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -112,27 +110,6 @@ def _refuse(bad: list[str], count: int) -> None:
         raise UserError(
             f"cannot read {layout.some(bad)} of {count} images; replace these files from the data set's archive"
         )
-
-
-@contextlib.contextmanager
-def _writable(folder: Path, byte_count: int) -> Iterator[None]:
-    """Make `folder`, and turn what the file system refuses inside the block into words."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < byte_count:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder).free
-            raise UserError(
-                f"the cache needs {byte_count:,} bytes in {folder}, where {free:,} are free; "
-                "make room, or name another folder in data.cache"
-            ) from error
-        raise UserError(
-            f"the cache folder {folder} cannot be written ({error.strerror}); name another one in data.cache"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -171,13 +171,13 @@ class Salcr(Method):
         if stage == 0 or not self.settings.dagl.enabled or 0 in labels.counts:
             return labels
         with phases("associate"):
-            return self._associate(features.whole, labels)
+            return self._associate(features, labels)
 
-    def _associate(self, features: Pair[Tensor], labels: Labels) -> Labels:
+    def _associate(self, features: Features, labels: Labels) -> Labels:
         dagl, transport = self.settings.dagl, self.settings.transport
         kept = labels.rows
         clusters = labels.clusters.map(lambda found, rows: found[rows], kept)
-        moved = features.map(lambda part, rows: part[rows], kept)
+        moved = features.whole.map(lambda part, rows: features.storage.take([part], rows)[0], kept)
         memories = moved.map(memory.cluster_memory, clusters, labels.counts)
         if self.settings.cmfp.enabled:
             moved = Pair(*ops.cmfp(moved.vis, moved.ir, self.settings.cmfp.k))
@@ -205,16 +205,12 @@ class Salcr(Method):
         banks: dict[str, Tensor] = {}
         for space in _SPACES:
             found, count = labels.clusters[space], labels.counts[space]
-            levels = [features.whole[space].unsqueeze(0)]
-            if features.parts is not None:
-                levels.append(features.parts[space])
-            prototypes = [
-                torch.stack([memory.cluster_memory(rows, found, count) for rows in level]) for level in levels
-            ]
-            banks[space] = torch.cat(prototypes + prototypes[1:])
+            levels = [features.whole[space], *(features.parts[space] if features.parts is not None else ())]
+            prototypes = [memory.cluster_memory(rows, found, count) for rows in levels]
+            banks[space] = torch.stack(prototypes + prototypes[1:])
             if gpcr.enabled:
                 instances = levels if gpcr.level != "global" else levels[:1]
-                banks[f"instances.{space}"] = torch.cat(instances)[:, labels.rows[space]]
+                banks[f"instances.{space}"] = features.storage.take(instances, labels.rows[space])
         return banks
 
     def losses(self, output: Output, batch: Batch, memories: dict[str, Tensor]) -> dict[str, Tensor]:

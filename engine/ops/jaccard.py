@@ -11,6 +11,8 @@ from engine.ops._precision import accumulation_dtype, check_precision
 from engine.ops._reciprocal import ONE, Entries, entries_of, expanded, min_products, query_expansion, reciprocal, stack
 from engine.ops.topk import topk
 
+BLOCK_ROWS = 1 << 13
+"""Rows whose squares are held at a time."""
 WINDOW = 4096
 """Rows whose sums a block keeps in shared memory at a time, on the GPU: 32 for each of its threads at most."""
 
@@ -109,10 +111,12 @@ def _half(k1: int) -> int:
 
 def _nearest(features: Tensor, k: int, precision: str) -> Tensor:
     """The k nearest of every row by Euclidean distance, itself included, `[N, k]`."""
-    rows = features.to(accumulation_dtype(features))
-    squared = rows.square().sum(dim=1, keepdim=True)
+    dtype = accumulation_dtype(features)
+    blocks = features.split(BLOCK_ROWS)  # no copy of all of them
+    squared = torch.cat([rows.to(dtype).square().sum(dim=1, keepdim=True) for rows in blocks])
     if torch.allclose(squared, torch.ones_like(squared), atol=1e-5):
         return topk(features, features, k, precision=precision)[1]
+    rows = features.to(dtype)
     # f_i . f_j - ||f_j||^2 / 2 falls with the distance: an inner product with one more column.
     queries, bank = torch.cat([rows, torch.ones_like(squared)], 1), torch.cat([rows, -squared / 2], 1)
     return topk(queries, bank, k, precision=precision)[1]
