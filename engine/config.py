@@ -28,6 +28,7 @@ class Source:
 
     Attributes:
         name: the layout: sysu, regdb, llcm, folder, or demo (generated at `root` when it is not there).
+        root: the folder that holds it.
         split: "test" trains on train + val identities and scores the test ones; "val" trains on train and scores val.
         trial: RegDB's split, 1 to 10.
         gallery: SYSU-MM01's gallery draw: "agw" (every unsupervised paper) or "official" (rand_perm_cam.mat).
@@ -109,7 +110,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Cluster:
-    """k-reciprocal Jaccard distance and DBSCAN, per modality (a single value stands for both)."""
+    """k-reciprocal Jaccard distance and DBSCAN, per modality (a single value stands for both).
+
+    Attributes:
+        k1: neighbours of the reciprocal sets, the image itself included.
+        k2: neighbours whose weights are averaged, the image itself included; 1 = none.
+        eps: distance up to which images are neighbours; more merges clusters, less leaves more images out.
+        min_samples: neighbours that make an image the core of a cluster, itself included.
+    """
 
     k1: Pair[int] = field(default_factory=lambda: Pair(30, 30))
     k2: int = 6
@@ -119,7 +127,12 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Memory:
-    """Cluster memories: softmax temperature, and the momentum mu of `M <- normalize(mu M + (1 - mu) f)`."""
+    """Cluster memories.
+
+    Attributes:
+        temperature: of the softmax over prototypes.
+        momentum: mu of `M <- normalize(mu M + (1 - mu) f)`.
+    """
 
     temperature: float = 0.05
     momentum: float = 0.1
@@ -131,8 +144,12 @@ class Optim:
 
     Attributes:
         kind: Adam, whose weight decay is part of the gradient, or AdamW, which shrinks the weights themselves.
+        lr: learning rate.
+        weight_decay: of all weights.
         schedule: "step" multiplies the learning rate by `factor` after each of `drops`, parts of a stage; "cosine" takes it
             down to 0 over the stage, epoch by epoch.
+        drops: when the schedule "step" drops, as parts of the stage.
+        factor: by which it drops.
         warm_up: iterations at the start of a stage in which the learning rate grows linearly.
         layer_decay: what a layer's learning rate is multiplied by for each layer above it.
         clip: largest norm of the gradient; 0 = any.
@@ -151,7 +168,13 @@ class Optim:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """In-batch instance contrast before the first clustering, for networks without pretrained weights; 0 = none."""
+    """In-batch instance contrast before the first clustering, for networks without pretrained weights.
+
+    Attributes:
+        iterations: steps; 0 = none.
+        temperature: of the softmax over the images of a batch.
+        images: of each modality in a batch.
+    """
 
     iterations: int = 0
     temperature: float = 0.1
@@ -160,7 +183,14 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: `epochs` x `iterations` batches of `labels` x `images` per modality."""
+    """One stage of training: `epochs` x `iterations` batches of `labels` x `images` per modality.
+
+    Attributes:
+        epochs: each begins with new pseudo-labels.
+        iterations: steps of an epoch.
+        labels: different pseudo-labels in a batch.
+        images: of each label, in each modality.
+    """
 
     epochs: int
     iterations: int
@@ -175,6 +205,8 @@ class Train:
     Attributes:
         start_from: a checkpoint whose network is taken over; training begins at the stage after the one it ended.
         precision: "fp32", "tf32" (matrix units' float32), or autocast to "bf16" / "fp16" (with loss scaling).
+        channels_last: lay images out by pixel in memory, which convolutions on a GPU may prefer.
+        compile: let `torch.compile` rewrite the network.
         accumulate: parts that a batch is split into, to fit in memory; BatchNorm then sees one part at a time.
         checkpoint_steps: also checkpoint within an epoch, every so many steps; 0 = at the end of an epoch only.
         features: where the features of all images lie, and what is as large: in the "memory" of the device, or on the "disk",
@@ -209,7 +241,11 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class MethodName:
-    """`name`: dcl, salcr, firm, or the dotted path of a module that holds one `Method` subclass."""
+    """What is trained.
+
+    Attributes:
+        name: dcl, salcr, firm, or the dotted path of a module that holds one `Method` subclass.
+    """
 
     name: str = "salcr"
 
@@ -219,6 +255,7 @@ class Config:
     """All settings of a run.
 
     Attributes:
+        seed: of everything that is drawn.
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
         deterministic: refuse operations whose result may change from run to run on a GPU.
         tensorboard: write TensorBoard events to the run folder too.

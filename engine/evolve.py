@@ -49,7 +49,13 @@ class Transport:
 
 @dataclass(frozen=True)
 class Gate:
-    """Which images update the memory: confident in the fused view and in one of its own (Eq. 13); `step` is b of Eq. 14."""
+    """Which images update the memory: confident in the fused view and in one of its own (Eq. 13).
+
+    Attributes:
+        fused: confidence that is needed in the fused view.
+        own: confidence that is needed in one of the other views.
+        step: b of Eq. 14, by which the prototype moves, times the confidence.
+    """
 
     fused: float = 0.5
     own: float = 0.4
@@ -58,7 +64,14 @@ class Gate:
 
 @dataclass(frozen=True)
 class Merge:
-    """Clusters whose prototypes are as alike as this in all views that both have become one (Eq. 15)."""
+    """Clusters whose prototypes are alike in all views that both have become one (Eq. 15).
+
+    Attributes:
+        enabled: whether clusters are merged.
+        fused: cosine that is needed in the fused view.
+        vis: cosine that is needed in the visible view.
+        ir: cosine that is needed in the infrared view.
+    """
 
     enabled: bool = True
     fused: float = 0.85
@@ -71,6 +84,7 @@ class Split:
     """Clusters that are too wide are cut in two by Ward's criterion, again and again (Eq. 16).
 
     Attributes:
+        enabled: whether clusters are split.
         criterion: "dispersion", the mean of 1 - cos(f, p) over the images; or the standard deviation ("conf_std") or variance
             ("conf_var", as printed) of the confidences of updates, which tells nothing of children.
         threshold: above which a cluster is too wide.

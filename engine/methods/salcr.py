@@ -41,6 +41,7 @@ class Dagl:
     The released code and the paper's text differ; a switch left empty follows `salcr.reading`.
 
     Attributes:
+        enabled: without it stage 2 goes on as stage 1.
         branch: label spaces that link the modalities: both, or one alone (Table 4).
         prototypes: what images are transported to: "means" of the propagated features (released), or the "memories"
             (paper, Eq. 4).
@@ -58,7 +59,12 @@ class Dagl:
 
 @dataclass(frozen=True)
 class Cmfp:
-    """Cross-modality feature propagation before the association (Eq. 28, 29): `k` neighbours per block."""
+    """Cross-modality feature propagation before the association (Eq. 28, 29).
+
+    Attributes:
+        enabled: whether features are propagated before they are associated.
+        k: neighbours per block, k_tr (Tables 11, 12).
+    """
 
     enabled: bool = True
     k: int = 30
@@ -66,7 +72,13 @@ class Cmfp:
 
 @dataclass(frozen=True)
 class Transport:
-    """Entropic optimal transport: `reg` = 1 / lambda of the paper; the iteration stops at `tol` or `max_iter`."""
+    """Entropic optimal transport.
+
+    Attributes:
+        reg: weight of the entropy, 1 / lambda of the paper.
+        tol: error of the marginal at which the iteration stops.
+        max_iter: iterations at most.
+    """
 
     reg: float = 0.2
     tol: float = 1e-3
@@ -78,6 +90,7 @@ class Fgsal:
     """Fine-grained semantic-aligned learning (Eq. 9-15); needs the pairs that DAGL finds.
 
     Attributes:
+        enabled: whether there are part features.
         parts: N_p, stripes that the feature map is cut into (Tables 9, 10).
         stripes: all of equal length, the remainder dropped (released, "floor"), or the last one shorter (paper, "ceil").
         mean: the loss is one mean over all rows of a bank (released, "bank") or one per kind of query and kind of map,
@@ -98,6 +111,7 @@ class Gpcr:
     """Global-part collaborative refinement (Eq. 16-27); needs the pairs that DAGL finds.
 
     Attributes:
+        enabled: whether labels are refined.
         level: features that are refined (Table 7); those of parts where FGSAL gives them.
         k: neighbours in an instance memory (Figs. 5, 6).
         weight: lambda of Eq. 30 (Figs. 5, 6).
@@ -128,7 +142,11 @@ class Salcr(Method):
 
     @dataclass(frozen=True)
     class Settings:
-        """`reading`: where released code and paper differ, which one the switches follow that are not set."""
+        """All of SALCR's settings.
+
+        Attributes:
+            reading: where released code and paper differ, which one the switches follow that are not set.
+        """
 
         reading: Reading = "released"
         dagl: Dagl = Dagl()

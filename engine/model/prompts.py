@@ -26,6 +26,7 @@ class Vspf:
     The paper's text cannot be run as printed; a switch left empty follows `firm.literal`.
 
     Attributes:
+        enabled: whether text is fused at all; without it captions are not read.
         blocks: those that text is injected at: "all" four (2, 6, 10, 12 of ViT-B/16) or the "last".
         residual: gated residuals at the first two blocks (Eq. 5); without them nothing is injected there.
         mixing: how text comes in at the last two: cross-attention (Eq. 6), or a linear layer of token and text, concatenated.

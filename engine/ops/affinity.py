@@ -32,6 +32,12 @@ def affinity(queries: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") 
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> queries = torch.tensor([[1.0, 0.0]])
+        >>> bank = torch.tensor([[0.6, 0.8], [0.2, 0.4], [-1.0, 0.0]])
+        >>> ops.affinity(queries, bank, k=3).to_dense()  # what points away is no neighbour
+        tensor([[0.7500, 0.2500, 0.0000]])
     """
     _check.tensor("queries", queries, "B D")
     _check.tensor("bank", bank, "N D")

@@ -37,6 +37,15 @@ def cluster_contrast(
     Raises:
         TypeError, ValueError: an argument is not as described, or the bank requires a gradient.
         NotImplementedError: a second derivative is asked for.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> prototypes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> labels = torch.tensor([0, -1])  # the second row is an outlier
+        >>> loss = ops.cluster_contrast(features, prototypes, labels, temperature=0.5)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), features.grad[1].tolist()
+        (0.1429, [0.0, 0.0])
     """
     _contrast.check(features, bank, temperature, reduction, precision)
     _check_labels(features, bank, labels)

@@ -36,6 +36,15 @@ def cmfp(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: 
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> vis = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> ir = torch.tensor([[0.6, 0.0, 0.8], [0.0, 0.6, 0.8]])
+        >>> (vis @ ir.T).diagonal()  # similarity of each person's two images
+        tensor([0.6000, 0.6000])
+        >>> vis, ir = ops.cmfp(vis, ir, k=1)
+        >>> (vis @ ir.T).diagonal()
+        tensor([1.0000, 1.0000])
     """
     _check.tensor("vis", vis, "Nv D")
     _check.tensor("ir", ir, "Nr D")

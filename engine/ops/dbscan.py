@@ -31,6 +31,11 @@ def dbscan(distance: Tensor, eps: float, min_samples: int = 4) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> near = torch.tensor([[0.0, 0.2, 0.9], [0.2, 0.0, 0.9], [0.9, 0.9, 0.0]])
+        >>> ops.dbscan(near.to_sparse_csr(), eps=0.5, min_samples=2)
+        tensor([ 0,  0, -1])
     """
     _check.csr("distance", distance, "N N")
     _check.size("distance", distance, 1, distance.shape[0], "its rows")

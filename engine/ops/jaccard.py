@@ -44,6 +44,15 @@ def jaccard(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ie
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> angles = torch.tensor([0.0, 0.1, 0.2, 2.0, 2.1, 2.2])  # two groups of three
+        >>> features = torch.stack([angles.cos(), angles.sin()], dim=1)
+        >>> distance = ops.jaccard(features, k1=3, k2=1)
+        >>> distance.values().numel()  # of 36 entries; all others are 1
+        18
+        >>> ops.dbscan(distance, eps=0.5, min_samples=2)
+        tensor([0, 0, 0, 1, 1, 1])
     """
     _check.tensor("features", features, "N D")
     _check.no_nan("features", features)

@@ -29,6 +29,12 @@ def knn_intersection(views: Tensor, bank: Tensor, k: int, *, precision: str = "i
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> bank = torch.eye(4)
+        >>> views = torch.tensor([[[0.9, 0.8, 0.1, 0.0]], [[0.7, 0.1, 0.9, 0.0]]])  # two views of one sample
+        >>> ops.knn_intersection(views, bank, k=2)
+        tensor([[ 0, -1]])
     """
     _check.tensor("views", views, "V B D")
     if views.shape[0] == 0:

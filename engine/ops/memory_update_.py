@@ -40,6 +40,13 @@ def memory_update_(
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the bank requires a gradient.
+
+    Example:
+        >>> memory = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> features = torch.tensor([[0.6, 0.8], [0.0, -1.0]])
+        >>> ops.memory_update_(memory, features, torch.tensor([0, -1]), momentum=0.1)
+        tensor([[0.6644, 0.7474],
+                [0.0000, 1.0000]])
     """
     _check_arguments(bank, features, labels, momentum)
     run = pick("memory_update_", bank, features)

@@ -37,6 +37,15 @@ def neighbor_contrast(
     Raises:
         TypeError, ValueError: an argument is not as described, or the bank requires a gradient.
         NotImplementedError: a second derivative is asked for.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, -1.0]])
+        >>> positives = torch.tensor([[0, 1], [-1, -1]])  # the second row has none
+        >>> loss = ops.neighbor_contrast(features, bank, positives, temperature=0.5)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), features.grad[1].tolist()
+        (0.0779, [0.0, 0.0])
     """
     _contrast.check(features, bank, temperature, reduction, precision)
     _check.indices("positives", positives, "... B P")

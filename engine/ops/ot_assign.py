@@ -44,6 +44,12 @@ def ot_assign(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> features = torch.tensor([[0.0], [0.1], [0.2], [1.0]])
+        >>> prototypes = torch.tensor([[0.0], [1.0]])
+        >>> ops.ot_assign(features, prototypes, reg=0.05)  # each prototype takes half of the features
+        tensor([0, 0, 1, 1])
     """
     _check.tensor("features", features, "N D")
     _check.tensor("prototypes", prototypes, "C D")

@@ -28,6 +28,12 @@ def propagate(csr: Tensor, features: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> graph = torch.tensor([[0.75, 0.25], [0.0, 0.0]]).to_sparse_csr()
+        >>> ops.propagate(graph, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([[0.7500, 0.2500],
+                [0.0000, 0.0000]])
     """
     _check.csr("csr", csr, "B N")
     _check.tensor("features", features, "N D")

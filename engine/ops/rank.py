@@ -59,6 +59,12 @@ def rank(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> distance = torch.tensor([[0.1, 0.2, 0.3]])
+        >>> found = ops.rank(distance, torch.tensor([7]), torch.tensor([7, 3, 7]), max_rank=2)
+        >>> found.cmc.tolist(), round(found.mAP, 4), round(found.mINP, 4)  # hits at ranks 1 and 3
+        ([1.0, 1.0], 0.8333, 0.6667)
     """
     _check.tensor("distance", distance, "Q G")
     _check.choice("protocol", protocol, PROTOCOLS)

@@ -26,6 +26,12 @@ def segment_mean(features: Tensor, labels: Tensor, count: int) -> Tensor:
     Raises:
         TypeError, ValueError: an argument is not as described; labels out of range under `ENGINE_DEBUG=1` (such rows
             are in no segment otherwise).
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+        >>> ops.segment_mean(features, torch.tensor([0, 0, -1]), count=2)
+        tensor([[0.5000, 0.5000],
+                [0.0000, 0.0000]])
     """
     _check.tensor("features", features, "N D")
     _check.indices("labels", labels, "N")

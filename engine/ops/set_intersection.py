@@ -21,6 +21,10 @@ def set_intersection(a: Tensor, b: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> ops.set_intersection(torch.tensor([[4, 2, 7]]), torch.tensor([[7, 4, -1]]))
+        tensor([[ 4,  7, -1]])
     """
     _sets.check(a, b)
     return pick("set_intersection", a)(a, b)

@@ -21,6 +21,10 @@ def set_union(a: Tensor, b: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> ops.set_union(torch.tensor([[4, 2]]), torch.tensor([[7, 4]]))
+        tensor([[ 2,  4,  7, -1]])
     """
     _sets.check(a, b)
     return pick("set_union", a)(a, b)

@@ -100,6 +100,12 @@ def sinkhorn(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> cost = torch.tensor([[0.0, 1.0], [0.1, 1.0]])
+        >>> solved = ops.sinkhorn(cost, reg=0.1, tol=1e-6)
+        >>> solved.plan().sum(dim=1), solved.labels()
+        (tensor([0.5000, 0.5000]), tensor([0, 1]))
     """
     check_settings(reg, relax, max_iter, tol)
     if isinstance(cost, Tensor):

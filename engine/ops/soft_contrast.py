@@ -35,6 +35,15 @@ def soft_contrast(
     Raises:
         TypeError, ValueError: an argument is not as described, or bank or weights require a gradient.
         NotImplementedError: a second derivative is asked for.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0]], requires_grad=True)
+        >>> prototypes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> weights = torch.tensor([[0.9, 0.1]])
+        >>> loss = ops.soft_contrast(features, prototypes, weights, temperature=0.5)
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.3269
     """
     _contrast.check(features, bank, temperature, reduction, precision)
     _check.tensor("weights", weights, "... B C")

@@ -40,6 +40,14 @@ def topk(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> values, indices = ops.topk(bank, bank, k=2, exclude_self=True)
+        >>> indices
+        tensor([[1, 2],
+                [0, 2],
+                [1, 0]])
     """
     _check.tensor("queries", queries, "... B D")
     _check.tensor("bank", bank, "... N D")
