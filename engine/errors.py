@@ -14,6 +14,11 @@ class UserError(Exception):
     """Bad input, with a message that names the thing, what was expected, what came, and the remedy."""
 
 
+def command(tool: str) -> str:
+    """A tool as one would call it here: "vireid train" where that is how this process was called."""
+    return f"vireid {tool}" if sys.argv[0].startswith("vireid ") else f"python tools/{tool}.py"
+
+
 def run_tool(main: Callable[[], int]) -> None:
     """Exit with what a tool's `main` returns; a `UserError` or a full disk prints its message alone, and code 2."""
     keep_freed_memory()

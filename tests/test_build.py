@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +23,7 @@ def listed_packages() -> set[str]:
 
 def test_every_package_of_the_checkout_is_installed():
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "engine").rglob("__init__.py")}
-    assert listed_packages() == found | {"engine.csrc", "engine.kernels"}
+    assert listed_packages() == found | {"engine.csrc", "engine.kernels", "engine.tools"}
 
 
 def test_every_native_source_is_compiled():
@@ -50,3 +55,50 @@ def test_the_native_module_does_not_depend_on_torch():
     code = "import engine._C, sys; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout == "False\n"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The package as a wheel, without the C++ back end: a compiler that fails is none."""
+    pytest.importorskip("pybind11", reason="the build needs pybind11")
+    pytest.importorskip("setuptools", minversion="77", reason="the build needs setuptools 77 or newer")
+    folder = tmp_path_factory.mktemp("wheel")
+    sources = folder / "sources"  # as a build leaves files beside them
+    built_before = shutil.ignore_patterns("*.so", "*.fatbin", "__pycache__")
+    for name in ("engine", "kernels", "csrc", "tools"):
+        shutil.copytree(ROOT / name, sources / name, ignore=built_before)
+    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, sources)
+    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=sources, env=os.environ | {"CXX": "false"}, check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_a_wheel_holds_all_that_runs_and_nothing_outside_of_engine(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"engine", "vireid_engine"}
+    for folder, pattern, place in (
+        ("engine/configs", "*.yaml", "engine/configs"),
+        ("kernels", "*.py", "engine/kernels"),
+        ("csrc", "*.cu", "engine/csrc"),
+        ("csrc", "*.h", "engine/csrc"),
+        ("tools", "*.py", "engine/tools"),
+    ):
+        found = {f"{place}/{path.name}" for path in (ROOT / folder).glob(pattern)}
+        assert found and found <= names
+
+
+def test_tools_of_a_wheel_run_without_the_repository(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+
+    def vireid(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "engine", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert re.search(r"^  train  +Train by a configuration", vireid().stdout, re.MULTILINE)
+    assert vireid("ablate", "--help").stdout.startswith("usage: vireid ablate")
+    assert "no such command; known: ablate" in vireid("trian").stderr
+    refused = vireid("train", "--cfg", "demo.yaml", "--set", "data.rooot=x")
+    assert refused.returncode == 2 and "did you mean 'root'" in refused.stderr

@@ -1,4 +1,8 @@
-"""Train by a configuration: `python tools/train.py --cfg demo.yaml`."""
+"""Train by a configuration.
+
+python tools/train.py --cfg demo.yaml [--set a.b=c ...] [--out DIR]
+python tools/train.py --resume RUN
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from engine import config, report, runs
-from engine.errors import run_tool
+from engine.errors import command, run_tool
 from engine.trainer import Trainer
 
 
@@ -41,7 +45,7 @@ def main() -> int:
         rows = trainer.run()
     except KeyboardInterrupt:
         if (folder / "last.pt").exists():
-            print(f"\nstopped; go on with: python tools/train.py --resume {folder}", file=sys.stderr)
+            print(f"\nstopped; go on with: {command('train')} --resume {folder}", file=sys.stderr)
         return 130
     print(
         f"\n{report.table(rows)}\n\nin {folder}/results.md" if rows else f"\ndone; the network is in {folder}/last.pt"

@@ -20,7 +20,7 @@ from typing import Literal
 from engine import checkpoint
 from engine.data import layout
 from engine.data.dataset import Images
-from engine.errors import UserError
+from engine.errors import UserError, command
 from engine.pair import Pair
 
 FILES = Pair(vis="captions_vis.json", ir="captions_ir.json")
@@ -83,7 +83,7 @@ def load(file: Path, root: Path) -> dict[str, tuple[str, str]]:
     if not file.is_file():
         raise UserError(
             f"{file} not found: expected captions of the images in {root}, {what}; put the file there, name "
-            "another one in firm.captions, or make it: python tools/caption.py --help"
+            f"another one in firm.captions, or make it: {command('caption')} --help"
         )
     try:
         content = json.loads(file.read_bytes())
