@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine import ops
 from engine.config import Config
 from engine.data import cache
-from engine.data.dataset import Dataset, Images, Protocol
+from engine.data.dataset import Dataset, Images, Protocol, Trial
 from engine.features import NAMES, Features, extract
 from engine.pair import Modality, Pair
 from engine.phases import Phases
@@ -146,27 +146,34 @@ def evaluate(
 def _evaluate(
     protocol: Protocol, test: Pair[Images], features: Pair[Tensor], reranker: Reranker | None, clock: Phases | None
 ) -> Score:
-    query: Modality = protocol.query
-    gallery: Modality = "ir" if query == "vis" else "vis"
     trials = []
     for trial in protocol.trials:
-        chosen = Pair(trial.queries, trial.gallery)
-        rows = chosen if query == "vis" else chosen.swap()
-        parts = features.map(lambda part, index: part[torch.from_numpy(index).to(part.device)], rows)
-
-        def column(images: Images, name: str, index: np.ndarray, device: torch.device = parts.vis.device) -> Tensor:
-            return torch.from_numpy(getattr(images, name)[index]).to(device)
-
-        ids, cams = (
-            (column(test[query], name, trial.queries), column(test[gallery], name, trial.gallery))
-            for name in ("ids", "cams")
-        )
+        parts, ids, cams = sides(protocol, trial, test, features)
         if reranker is None:
-            trials.append(score_features(parts[query], parts[gallery], ids, cams, protocol.rule))
+            trials.append(score_features(*parts, ids, cams, protocol.rule))
         else:
-            distance = trial_distance(parts[query], parts[gallery], reranker, clock)
-            trials.append(score(distance, ids, cams, protocol.rule))
+            trials.append(score(trial_distance(*parts, reranker, clock), ids, cams, protocol.rule))
     return summary(protocol.name, reranker.label if reranker else "", trials, clock)
+
+
+def sides(
+    protocol: Protocol, trial: Trial, test: Pair[Images], features: Pair[Tensor]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Features, identities and cameras of a trial; of each, the queries' and the gallery's."""
+    query: Modality = protocol.query
+    gallery: Modality = "ir" if query == "vis" else "vis"
+
+    def both(columns: Pair[Tensor]) -> tuple[Tensor, Tensor]:
+        one, other = (
+            columns[side][torch.from_numpy(rows).to(columns[side].device)]
+            for side, rows in ((query, trial.queries), (gallery, trial.gallery))
+        )
+        return one, other
+
+    def column(name: str) -> Pair[Tensor]:
+        return test.map(lambda images, part: torch.from_numpy(getattr(images, name)).to(part.device), features)
+
+    return both(features), both(column("ids")), both(column("cams"))
 
 
 def evaluate_network(

@@ -1,4 +1,4 @@
-"""Where the engine keeps what it can make again."""
+"""Folders that the engine writes to."""
 
 from __future__ import annotations
 
@@ -39,3 +39,15 @@ def writable(folder: Path, byte_count: int) -> Iterator[None]:
         raise UserError(
             f"the cache folder {folder} cannot be written ({error.strerror}); name another one in data.cache"
         ) from error
+
+
+def make(folder: Path) -> None:
+    """Make a folder that a command line names.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder by --out") from error

@@ -6,14 +6,15 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from engine import checkpoint, info
+from engine import checkpoint, folders, info
 from engine.config import Config, differences, load, parse, to_dict
 from engine.errors import UserError
 
@@ -28,6 +29,73 @@ MOVABLE = (
     "train.features",
     "tensorboard",
 )
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run folder tells without its network.
+
+    Attributes:
+        name: the folder's, as short as tells it from the others that it was read with.
+        settings: of config.yaml.
+        environment: of environment.json; empty where there is none.
+        epochs: the lines of metrics.jsonl.
+    """
+
+    folder: Path
+    name: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    epochs: list[dict[str, Any]]
+
+
+def read(places: Sequence[Path]) -> list[Record]:
+    """The records of some run folders, finished or not.
+
+    Raises:
+        UserError: one is not a run folder, is given twice, or has a damaged file.
+    """
+    return [_read(folder, name) for folder, name in zip(places, _names(places), strict=True)]
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    places = [place.resolve() for place in places]
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(f"{place}: given {places.count(place)} times; name every run once")
+    names = [""] * len(places)
+    for depth in range(1, 1 + max((len(place.parts) for place in places), default=0)):
+        shorter = ["/".join(place.parts[-depth:]) for place in places]
+        names = [
+            name or (short if shorter.count(short) == 1 else "") for name, short in zip(names, shorter, strict=True)
+        ]
+    return names
+
+
+def _read(folder: Path, name: str) -> Record:
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder (it has no config.yaml)")
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        environment_file = folder / "environment.json"
+        environment = json.loads(environment_file.read_text()) if environment_file.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: config.yaml or environment.json is damaged: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(environment, dict):
+        raise UserError(f"{folder}: config.yaml or environment.json is damaged: expected names and values")
+    return Record(folder, name, settings, environment, _epochs(folder / "metrics.jsonl"))
+
+
+def _epochs(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    epochs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            epochs.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):  # the last one may just be being written
+                raise UserError(f"{file}, line {number}: not JSON ({error}); remove this line") from error
+    return epochs
 
 
 def choose(config: Config, name: str, out: str = "") -> Path:
@@ -58,10 +126,7 @@ def create(folder: Path, config: Config) -> None:
     Raises:
         UserError: it cannot be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder by --out") from error
+    folders.make(folder)
     checkpoint.write(folder / "environment.json", json.dumps(environment(config.seed), indent=2).encode())
     checkpoint.write(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
 
@@ -92,14 +157,14 @@ def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
 
 def fixed_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "a.b: old -> new" for the settings that make two runs different ones: all but `MOVABLE`."""
-    return [line for line in differences(old, new) if not _is_movable(line.split(":")[0])]
+    return [line for line in differences(old, new) if not is_movable(line.split(":")[0])]
 
 
 def movable_overrides(config: Config) -> list[str]:
     """The settings that a resumed run may change, "a.b=c" each."""
 
     def walk(value: Any, path: str) -> Iterator[str]:
-        if _is_movable(path):
+        if is_movable(path):
             yield f"{path}={json.dumps(value)}"
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for key, item in items:
@@ -108,7 +173,8 @@ def movable_overrides(config: Config) -> list[str]:
     return list(walk(to_dict(config), ""))
 
 
-def _is_movable(path: str) -> bool:
+def is_movable(path: str) -> bool:
+    """Whether a setting, "a.b", is one of `MOVABLE`."""
     return any(fnmatch(path, name) for name in MOVABLE)
 
 

@@ -57,6 +57,21 @@ class PartHead(nn.Module):
             seen |= dict(zip(looks, found.unbind(1), strict=True))
         return torch.stack([torch.stack([seen[q, m] for m in range(kinds)], dim=1) for q in range(kinds)], dim=1)
 
+    def attention(self, maps: Tensor) -> Tensor:
+        """`[s, N_p, h, w]`: where in its stripe every part of an image looks on the image's own map (Eq. 10); 0 elsewhere.
+
+        Args:
+            maps: `[s, D, h, w]` float.
+        """
+        stripes = self._stripes(maps.float().flatten(2).unsqueeze(0))
+        seen = maps.new_zeros(len(maps), len(stripes), maps[0, 0].numel(), dtype=torch.float32)
+        start = 0
+        for part, (stripe, prototype) in enumerate(zip(stripes, self.prototypes, strict=True)):
+            end = start + stripe.shape[3]
+            seen[:, part, start:end] = _attention(stripe, prototype)[0, :, 0]
+            start = end
+        return seen.unflatten(2, maps.shape[2:])
+
     def _stripes(self, rows: Tensor) -> tuple[Tensor, ...]:
         count, positions = len(self.prototypes), rows.shape[3]
         length = -(-positions // count) if self.uneven else positions // count
@@ -79,7 +94,12 @@ class PartHead(nn.Module):
 
 
 def _attend(stripe: Tensor, prototype: Tensor) -> Tensor:
-    """One part's features of every query on every map, `[Q, M, s, D]`.
+    """One part's features of every query on every map, `[Q, M, s, D]` (Eq. 11); arguments as for `_attention`."""
+    return (_attention(stripe, prototype) @ stripe.transpose(2, 3)).permute(2, 0, 1, 3)
+
+
+def _attention(stripe: Tensor, prototype: Tensor) -> Tensor:
+    """Where on every map one part's queries look, `[M, s, Q, n]`.
 
     Args:
         stripe: `[kinds, s, D, n]`; prototype: `[D]`.
@@ -87,5 +107,4 @@ def _attend(stripe: Tensor, prototype: Tensor) -> Tensor:
     weights = torch.einsum("ksdn,d->ksn", stripe, prototype).sigmoid()
     total = weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)  # a sigmoid can underflow
     queries = torch.einsum("ksdn,ksn->skd", stripe, weights / total)  # Eq. 9
-    attention = (queries @ stripe / stripe.shape[2] ** 0.5).softmax(3)  # Eq. 10: [M, s, Q, n]
-    return (attention @ stripe.transpose(2, 3)).permute(2, 0, 1, 3)  # Eq. 11
+    return (queries @ stripe / stripe.shape[2] ** 0.5).softmax(3)  # Eq. 10

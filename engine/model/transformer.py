@@ -17,11 +17,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         """`[B, T, width]` both ways; `causal`: a token sees itself and those before it."""
-        query, key, value = (
-            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (self._heads(layer, x) for layer in (self.q_proj, self.k_proj, self.v_proj))
         found = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         return self.out_proj(found.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """How much each token looks at each, `[B, heads, T, T]`, rows sum to 1; of tokens that see all."""
+        query, key = (self._heads(layer, x) for layer in (self.q_proj, self.k_proj))
+        return (query @ key.transpose(2, 3) / query.shape[3] ** 0.5).softmax(3)
+
+    def _heads(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class Mlp(nn.Module):

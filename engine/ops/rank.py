@@ -104,17 +104,23 @@ def reference(
     block_rows = max(1, BLOCK_ENTRIES // max(gallery_count, 1))
     for rows in torch.arange(len(distance), device=distance.device).split(block_rows) if gallery_count else ():
         same = query_ids[rows].unsqueeze(1) == gallery_ids
-        hidden = torch.zeros_like(same)
-        if query_cams is not None and gallery_cams is not None:
-            cams = query_cams[rows].unsqueeze(1)
-            if protocol == "sysu":
-                hidden = (cams == 3) & (gallery_cams == 2)
-            elif protocol == "llcm":
-                hidden = same & (cams == gallery_cams)
+        removed = hidden(same, None if query_cams is None else query_cams[rows], gallery_cams, protocol)
         order = distance[rows].sort(dim=1, stable=True).indices
         ranked = None if identities is None else identities[order]
-        scores.append(_score(same.gather(1, order), hidden.gather(1, order), ranked))
+        scores.append(_score(same.gather(1, order), removed.gather(1, order), ranked))
     return _average(scores, max_rank)
+
+
+def hidden(same: Tensor, query_cams: Tensor | None, gallery_cams: Tensor | None, protocol: str) -> Tensor:
+    """Which gallery images a protocol hides from each query, `[Q, G]` bool.
+
+    Args:
+        same: `[Q, G]` bool, whether an image is of the query's identity; the others as for `rank`.
+    """
+    if query_cams is None or gallery_cams is None or protocol == "plain":
+        return torch.zeros_like(same)
+    cams = query_cams.unsqueeze(1)
+    return (cams == 3) & (gallery_cams == 2) if protocol == "sysu" else same & (cams == gallery_cams)
 
 
 def cpu(
