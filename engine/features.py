@@ -73,17 +73,17 @@ def extract(
     network.eval()
     with autocast(config, device):
         found = {
-            name: _extract(
+            name: extract_one(
                 network,
                 pixels[name],
-                None if texts is None else texts[name],
                 name,
                 config.evaluate.batch,
                 device,
-                mirror,
-                stage,
-                progress,
-                place,
+                mirror=mirror,
+                stage=stage,
+                progress=progress,
+                texts=None if texts is None else texts[name],
+                place=place,
             )
             for name in NAMES
         }
@@ -95,19 +95,24 @@ def extract(
 
 
 @torch.no_grad()
-def _extract(
+def extract_one(
     network: nn.Module,
     pixels: np.ndarray,
-    texts: Tensor | None,
     modality: Modality,
     batch: int,
     device: torch.device,
-    mirror: bool,
-    stage: int,
-    progress: str,
-    place: Storage,
+    *,
+    mirror: bool = False,
+    stage: int = 0,
+    progress: str = "",
+    texts: Tensor | None = None,
+    place: Storage = MEMORY,
 ) -> tuple[Tensor | None, ...]:
-    """Features of whole images and, where the network gives them, of their parts, and contents of captions."""
+    """Features of one modality's whole images and, where the network gives them, of their parts, and contents of captions.
+
+    Arguments are those of `extract`, for one modality, the images of a forward pass, and where the features lie; the
+    network is in evaluation mode.
+    """
     found: dict[str, Tensor] = {}
 
     def keep(name: str, start: int, rows: Tensor) -> None:

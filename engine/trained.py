@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from engine import checkpoint, data, methods
 from engine.config import Config, Source, override, parse
+from engine.data import transforms
 from engine.data.dataset import Images
 from engine.device import pick_device
 from engine.errors import UserError
@@ -29,6 +32,7 @@ class Trained:
         method: the method, whose `build` made the network.
         network: in evaluation mode, on `device`.
         content: of the checkpoint, as `checkpoint.load` gives it.
+        path: of the checkpoint.
     """
 
     config: Config
@@ -36,6 +40,33 @@ class Trained:
     network: nn.Module
     device: torch.device
     content: dict[str, Any]
+    path: Path
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the checkpoint's file, which is what `sha256sum` prints."""
+        digest = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to an image before the network sees it, in this order, as plain values."""
+        return {
+            "channels": "RGB",
+            "size": list(self.config.data.size),  # height, width
+            "resize": "Lanczos (PIL.Image.Resampling.LANCZOS), the whole image, aspect not kept",
+            "divisor": 255,
+            "mean": [round(value, 6) for value in transforms.MEAN.flatten().tolist()],
+            "std": [round(value, 6) for value in transforms.STD.flatten().tolist()],
+        }
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the network was trained to look at captions too."""
+        return getattr(self.network, "prompts", None) is not None
 
     def texts(self, images: Pair[Images]) -> Pair[Tensor] | None:
         """Tokens of the images' captions, where the method reads any."""
@@ -59,7 +90,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Trained:
     method = methods.find(config.method.name)(blank)
     network = method.build().to(device)
     checkpoint.load_network(network, content)
-    return Trained(config, method, network.eval(), device, content)
+    return Trained(config, method, network.eval(), device, content, path)
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), rerank: Sequence[str] | None = None) -> list[Score]:

@@ -15,7 +15,7 @@ from engine.phases import Phases
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels")
 OFFLINE = {
-    "features.py _extract": 2,  # images come from files, a batch of each modality
+    "features.py extract_one": 2,  # images come from files, a batch of each modality
     "ops/jaccard.py _nearest": 2,  # whether rows are unit; this and the next for each modality
     "ops/jaccard.py _expanded_on_gpu": 2,  # how much there is to be stored
     "ops/jaccard.py _distance_on_gpu": 2,

@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO
@@ -58,8 +58,12 @@ def decode(
             with _temporary(file) as output:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(output, header)
-                for block in _decode_blocks(images.paths, size, workers or _core_count(), label):
-                    output.write(block.data)
+                bad: list[str] = []  # all files are tried before the bad ones are named together
+                for block in decode_blocks(images.paths, size, workers=workers, title=f"decoding {label} images"):
+                    bad += [result for result in block if isinstance(result, str)]
+                    if not bad:
+                        output.write(np.stack(block).data)
+                _refuse(bad, len(images))
     return np.load(file, mmap_mode="r")
 
 
@@ -80,18 +84,23 @@ def _key(paths: tuple[str, ...], size: tuple[int, int]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _decode_blocks(paths: tuple[str, ...], size: tuple[int, int], workers: int, label: str) -> Iterator[np.ndarray]:
-    """Blocks of decoded images in order. All files are tried before the bad ones are named together."""
-    bad: list[str] = []
-    progress = tqdm(total=len(paths), desc=f"decoding {label} images", unit="image", disable=None)
-    with ThreadPool(workers) as pool, progress:
-        for start in range(0, len(paths), BLOCK):
-            results = pool.map(lambda path: _decode_one(path, size), paths[start : start + BLOCK])
+def decode_blocks(
+    paths: Sequence[str], size: tuple[int, int], *, workers: int = 0, title: str = "", count: int = 0
+) -> Iterator[list[np.ndarray | str]]:
+    """Blocks of images in order: of each its pixels, `[H, W, 3]` uint8 RGB, or what is wrong with its file.
+
+    Args:
+        size, workers: as for `decode`.
+        title: of the progress bar.
+        count: images of a block; 0 = `BLOCK`.
+    """
+    count = count or BLOCK
+    progress = tqdm(total=len(paths), desc=title, unit="image", disable=None)
+    with ThreadPool(workers or _core_count()) as pool, progress:
+        for start in range(0, len(paths), count):
+            results = pool.map(lambda path: _decode_one(path, size), paths[start : start + count])
             progress.update(len(results))
-            bad += [result for result in results if isinstance(result, str)]
-            if not bad:
-                yield np.stack(results)
-    _refuse(bad, len(paths))
+            yield results
 
 
 def _decode_one(path: str, size: tuple[int, int]) -> np.ndarray | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,45 @@ def read(root: str | Path, *, query: Modality = "ir") -> Dataset:
     layout.check_matches(str(root), test.vis, test.ir)
     trial = Trial(layout.everything(queries), layout.everything(gallery))
     return Dataset(root.name, train, test, (Protocol("query to gallery", query, (trial,), "llcm"),))
+
+
+def gather(places: Sequence[str | Path]) -> Images:
+    """Images, all images of folders, and those that lists name, in this order; a folder's in name order.
+
+    A list is a text file with a path a line, relative to the list's folder; an identity and a camera may follow, behind a
+    tab each. Elsewhere file names `<identity>_c<camera>_*` tell them; -1 where nothing does.
+
+    Raises:
+        UserError: there is no such place, it holds no image, or it is not such a list.
+    """
+    return layout.collect(row for place in places for row in _gather(Path(place).expanduser()))
+
+
+def _gather(place: Path) -> Iterator[tuple[str, int, int]]:
+    layout.existing(place, "an image, a folder of images, or a list of their paths", "check the path")
+    if place.is_dir():
+        yield from map(_read_name, layout.list_images(place, recursive=True))
+    elif place.suffix.lower() in layout.SUFFIXES:
+        yield _read_name(str(place.absolute()))
+    else:
+        yield from _read_list(place)
+
+
+def _read_name(path: str) -> tuple[str, int, int]:
+    match = _NAME.match(Path(path).name)
+    return (path, int(match[1]), int(match[2])) if match else (path, -1, -1)
+
+
+def _read_list(file: Path) -> Iterator[tuple[str, int, int]]:
+    what = "lines 'path', or 'path<tab>identity<tab>camera'"
+    for number, line in enumerate(layout.read_text(file, what).splitlines(), start=1):
+        name, *labels = line.strip().split("\t")
+        if not name:
+            continue
+        if labels and not (len(labels) == 2 and all(label.isdecimal() for label in labels)):
+            raise UserError(f"{file}, line {number}, is {line!r}: expected {what}")
+        path = str((file.parent / name).absolute())
+        yield (path, int(labels[0]), int(labels[1])) if labels else _read_name(path)
 
 
 def _list_unlabelled(folder: Path) -> Images:
