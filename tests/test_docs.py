@@ -28,7 +28,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 BLOCK = re.compile(r"(?:^<!-- not run: (.+) -->\n\n?)?^```(?:python|py)\b.*\n((?:.*\n)*?)^```$", re.MULTILINE)
 """A block of code, and the reason if it cannot be run."""
 COMMAND = re.compile(r"(?:python (?:-\S+ )*(?=tools/)|vireid )(?:tools/)?(\w+)(?:\.py)?\b((?:\\\n|[^`\n#;|&>])*)")
-SETTING = re.compile(r"`([a-z]\w*(?:\.\w+)+=[^`\s]+)`")
+SETTING = re.compile(r"`(?:--set )?'?([a-z]\w*(?:\.\w+)+=[^`']+)'?`")
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels")
 
 
