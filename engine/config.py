@@ -20,6 +20,7 @@ from engine.rerank import Rerank
 
 CONFIGS = Path(__file__).parent / "configs"
 S = TypeVar("S")
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # such as a date without such a day, a thousand brackets
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ class Data(Source):
     Attributes:
         also: more data sets, trained on together with this one and each scored by its own protocols.
         size: height and width in pixels that every image is resized to.
+        max_pixels: of an image file; a larger one is refused before it is decoded.
         cache: folder for decoded images; empty = $XDG_CACHE_HOME/vireid-engine or ~/.cache/vireid-engine.
         workers: decoding processes and threads; 0 = one per core.
     """
 
     also: tuple[Source, ...] = ()
     size: tuple[int, int] = (288, 144)
+    max_pixels: int = 2**26
     cache: str = ""
     workers: int = 0
 
@@ -279,7 +282,16 @@ class Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the numbers and booleans that people mean: 1e-4 is a number, `no` and `on` are words."""
+    """Safe YAML with the numbers and booleans that people mean: 1e-4 is a number, `no` and `on` are words.
+
+    Without aliases, by which a page of text can stand for more than fits in memory.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor}: write it out", event.start_mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -304,16 +316,20 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: no such file, bad YAML, an unknown setting, a wrong type or choice; a suggestion is given.
     """
-    path = find(name)
+    return parse(override(read(find(name)), overrides))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, unchecked; errors as for `load`."""
     try:
-        content = yaml.load(path.read_text(), _Loader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+    except _NOT_YAML as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected settings ('data:', 'train:', ...), got {type(content).__name__}")
-    return parse(override(content, overrides))
+    return content
 
 
 def find(name: str) -> Path:
@@ -390,7 +406,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected name=value, for example --set optim.lr=1e-3")
     try:
         value = yaml.load(text, _Loader) if text else ""
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
     node: Any = content
     keys = path.split(".")
@@ -495,6 +511,7 @@ def _check(config: Config) -> None:
     rules: list[tuple[str, Any, bool, str]] = [
         ("train.stages", len(stages), len(stages) > 0, "at least one stage"),
         ("data.size", list(config.data.size), min(config.data.size) >= 16, "a height and a width of at least 16"),
+        ("data.max_pixels", config.data.max_pixels, config.data.max_pixels >= 1, "at least 1"),
         ("memory.temperature", config.memory.temperature, config.memory.temperature > 0, "a number above 0"),
         ("memory.momentum", config.memory.momentum, 0 <= config.memory.momentum <= 1, "0 to 1"),
         ("optim.lr", config.optim.lr, config.optim.lr > 0, "a number above 0"),

@@ -210,7 +210,13 @@ def decode(images: Pair[Images], config: Config, part: str) -> Pair[np.ndarray]:
     settings = config.data
 
     def one(files: Images, name: str) -> np.ndarray:
-        place = settings.cache
-        return cache.decode(files, settings.size, folder=place, workers=settings.workers, label=f"{name} {part}")
+        return cache.decode(
+            files,
+            settings.size,
+            folder=settings.cache,
+            workers=settings.workers,
+            label=f"{name} {part}",
+            max_pixels=settings.max_pixels,
+        )
 
     return images.map(one, Pair(*NAMES.values()))

@@ -81,9 +81,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Trained:
         overrides: "a.b=c" changes, for example the data set's place, or another data set.
 
     Raises:
-        UserError: not a checkpoint, or another network than its settings tell.
+        UserError: not a checkpoint, another network than its settings tell, or a method that is a module of its own and is
+            not named in `overrides`.
     """
     content = checkpoint.load(path)
+    methods.refuse_foreign(content["config"], overrides, path)
     config = parse(override(content["config"], overrides))
     device = pick_device(config.device)
     blank = replace(config, model=replace(config.model, weights="none"))  # the checkpoint has the weights

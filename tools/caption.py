@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine import config, data
-from engine.data import captions
+from engine.data import cache, captions
 from engine.data.dataset import Dataset
 from engine.device import pick_device
 from engine.errors import UserError, run_tool
@@ -262,8 +262,7 @@ def load(name: str, download: bool, device: torch.device, remedy: str, *classes:
 
 def open_image(path: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return cache.open_image(path)
     except Exception as error:  # Pillow's decoders raise much more than OSError on damaged files
         raise UserError(f"{path} cannot be read ({error}); replace it from the data set's archive") from error
 

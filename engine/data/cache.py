@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -21,18 +22,27 @@ from engine.data.dataset import Images
 from engine.errors import UserError
 from engine.folders import cache_folder, writable
 
+# What a file may hold, whatever its name: Pillow would start other programs for some formats.
+KINDS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
+MAX_PIXELS = 2**26
 FORMAT = 1  # part of every key: raise it when the same files would be decoded to other pixels
 BLOCK = 256  # images decoded before they are written, which bounds the memory
 
 
 def decode(
-    images: Images, size: tuple[int, int], *, folder: str = "", workers: int = 0, label: str = "visible"
+    images: Images,
+    size: tuple[int, int],
+    *,
+    folder: str = "",
+    workers: int = 0,
+    label: str = "visible",
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """The pixels of `images`, from the cache or decoded into it.
 
     The cached file is named by a hash of the paths, their sizes and times of change, `size` and the format's version. It
     appears whole or not at all: it is written under another name first. Processes that decode the same images at the
-    same time each write their own and one of them stays.
+    same time each write their own and one of them stays. One that is not whole is made anew.
 
     Args:
         images: N > 0 image files, of any size and mode.
@@ -40,31 +50,67 @@ def decode(
         folder: of the cache; empty = $XDG_CACHE_HOME/vireid-engine or ~/.cache/vireid-engine.
         workers: threads, which decode side by side as Pillow releases the interpreter; 0 = one per core.
         label: what the images are, for the progress bar and the file's name.
+        max_pixels: of a file; larger ones are refused before they are decoded.
 
     Returns:
         [N, H, W, 3] uint8 RGB, memory-mapped, read-only.
 
     Raises:
-        UserError: images are missing, empty, truncated or unreadable, or the cache's folder is full or not writable.
+        UserError: images are missing, empty, truncated, unreadable or too large, or the cache's folder is full or not writable.
     """
     if not images.paths:
         raise UserError(f"no {label} images to decode")
     cache = cache_folder(folder)
     shape = (len(images), *size, 3)
     file = cache / f"{label.replace(' ', '-')}-{_key(images.paths, size)}.npy"
-    if not file.exists():
+    pixels = _open(file, shape)
+    if pixels is None:
         with writable(cache, int(np.prod(shape))):
             _clean(cache)
             with _temporary(file) as output:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(output, header)
                 bad: list[str] = []  # all files are tried before the bad ones are named together
-                for block in decode_blocks(images.paths, size, workers=workers, title=f"decoding {label} images"):
+                title = f"decoding {label} images"
+                for block in decode_blocks(images.paths, size, workers=workers, title=title, max_pixels=max_pixels):
                     bad += [result for result in block if isinstance(result, str)]
                     if not bad:
                         output.write(np.stack(block).data)
                 _refuse(bad, len(images))
-    return np.load(file, mmap_mode="r")
+        pixels = _open(file, shape)
+    if pixels is None:
+        raise UserError(
+            f"{file}: it was damaged while it was written; see to the disk, or name another one in data.cache"
+        )
+    return pixels
+
+
+def open_image(path: str) -> Image.Image:
+    """The image of a file, in RGB. Errors are Pillow's, which are of any kind on damaged files."""
+    with Image.open(path, formats=KINDS) as image:
+        return image.convert("RGB")
+
+
+def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The pixels in a file of the cache, or None where there is no such file, or not a whole one."""
+    try:
+        pixels = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return pixels if pixels.shape == shape and pixels.dtype == np.uint8 else None
+
+
+@contextlib.contextmanager
+def _no_larger_than(pixel_count: int) -> Iterator[None]:
+    """Inside, Pillow decodes no image of more pixels; it looks before it takes the memory."""
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        Image.MAX_IMAGE_PIXELS = pixel_count
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _core_count() -> int:
@@ -85,12 +131,18 @@ def _key(paths: tuple[str, ...], size: tuple[int, int]) -> str:
 
 
 def decode_blocks(
-    paths: Sequence[str], size: tuple[int, int], *, workers: int = 0, title: str = "", count: int = 0
+    paths: Sequence[str],
+    size: tuple[int, int],
+    *,
+    workers: int = 0,
+    title: str = "",
+    count: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[list[np.ndarray | str]]:
     """Blocks of images in order: of each its pixels, `[H, W, 3]` uint8 RGB, or what is wrong with its file.
 
     Args:
-        size, workers: as for `decode`.
+        size, workers, max_pixels: as for `decode`.
         title: of the progress bar.
         count: images of a block; 0 = `BLOCK`.
     """
@@ -98,7 +150,8 @@ def decode_blocks(
     progress = tqdm(total=len(paths), desc=title, unit="image", disable=None)
     with ThreadPool(workers or _core_count()) as pool, progress:
         for start in range(0, len(paths), count):
-            results = pool.map(lambda path: _decode_one(path, size), paths[start : start + count])
+            with _no_larger_than(max_pixels):
+                results = pool.map(lambda path: _decode_one(path, size), paths[start : start + count])
             progress.update(len(results))
             yield results
 
@@ -106,8 +159,9 @@ def decode_blocks(
 def _decode_one(path: str, size: tuple[int, int]) -> np.ndarray | str:
     """The pixels of one file, or what is wrong with it."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS))
+        return np.asarray(open_image(path).resize(size[::-1], Image.Resampling.LANCZOS))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels (data.max_pixels)"
     except Exception as error:  # noqa: BLE001  Pillow's decoders raise much more than OSError on damaged files
         empty = os.path.exists(path) and os.path.getsize(path) == 0
         reason = "is empty" if empty else str(error) or type(error).__name__
@@ -143,7 +197,7 @@ def _temporary(file: Path) -> Iterator[IO[bytes]]:
 
 def _clean(folder: Path) -> None:
     """Remove the temporary files of killed processes: those that nobody holds locked."""
-    for path in folder.glob("*.tmp"):
+    for path in folder.glob(f"*-{'[0-9a-f]' * 32}-{'[0-9a-f]' * 32}.tmp"):
         with contextlib.suppress(OSError), open(path, "rb") as leftover:
             fcntl.flock(leftover, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

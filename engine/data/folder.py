@@ -13,7 +13,7 @@ from engine.data.dataset import Dataset, Images, Protocol, Trial
 from engine.errors import UserError
 from engine.pair import Modality, Pair
 
-_NAME = re.compile(r"(\d+)_c(\d+)")
+_NAME = re.compile(r"(\d{1,9})_c(\d{1,9})(?!\d)")
 
 
 def read(root: str | Path, *, query: Modality = "ir") -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,17 +74,25 @@ def read_ids(path: Path) -> list[int]:
     """
     what = "identities separated by commas"
     fields = [field.strip() for field in read_text(path, what).replace("\n", ",").split(",")]
-    wrong = [field for field in fields if field and not field.isdecimal()]
+    wrong = [field for field in fields if field and not is_number(field)]
     if wrong:
         raise UserError(f"{path} holds {wrong[0]!r}: expected {what}; copy it again from the data set")
     return sorted({int(field) for field in fields if field})
 
 
+def is_number(text: str) -> bool:
+    """Whether it is a number that an identity or a label may have."""
+    return text.isdecimal() and len(text) <= 9
+
+
 def read_list(root: Path, name: str) -> tuple[list[str], list[int]]:
     """Absolute paths and labels of a split file of lines `relative/path label`.
 
+    Paths are judged as they are written. Links are followed wherever they lead: who made them could read what is there,
+    and data sets are often put together of links.
+
     Raises:
-        UserError: the file is missing, empty or malformed, or images that it names are missing.
+        UserError: the file is missing, empty or malformed, or images that it names are missing or not under `root`.
     """
     file, what = root / name, "lines 'relative/path label'"
     paths, labels = [], []
@@ -91,8 +100,10 @@ def read_list(root: Path, name: str) -> tuple[list[str], list[int]]:
         relative, _, label = line.strip().rpartition(" ")
         if not line.strip():
             continue
-        if not relative or not label.isdecimal():
+        if not relative or not is_number(label):
             raise UserError(f"{file}, line {number}, is {line!r}: expected {what}; copy it again from the data set")
+        if os.path.isabs(relative.strip()) or Path(os.path.normpath(relative.strip())).parts[:1] == ("..",):
+            raise UserError(f"{file}, line {number}, names {relative!r}, which leaves {root}: expected {what}")
         paths.append(str((root / relative.strip()).absolute()))
         labels.append(int(label))
     missing = [path for path in paths if not Path(path).is_file()]

@@ -24,7 +24,7 @@ OFFICIAL = {
     "infrared training images": 13975,
     "test identities": 351,
 }
-_CAMERA = re.compile(r"_c(\d+)")
+_CAMERA = re.compile(r"_c(\d{1,9})(?!\d)")
 
 
 def read(root: str | Path) -> Dataset:

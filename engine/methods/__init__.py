@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from engine.errors import UserError
 from engine.methods.base import Method
@@ -31,6 +34,28 @@ def find(name: str) -> type[Method]:
     if len(classes) != 1:
         raise UserError(f"method.name: {path} must define exactly one Method, found {len(classes)}")
     return classes[0]
+
+
+def refuse_foreign(content: dict[str, Any], overrides: Sequence[str], source: Path) -> None:
+    """Raise a `UserError` where settings that came in a file would have a module run that the user did not ask for.
+
+    Args:
+        content: of the settings, unchecked.
+        overrides: the user's own changes; "method.name=..." asks for that module.
+        source: the file.
+    """
+    from engine.config import override
+
+    def named(settings: dict[str, Any]) -> Any:
+        method = settings.get("method")
+        return method.get("name") if isinstance(method, dict) else None
+
+    name = named(content)
+    if isinstance(name, str) and name not in BUILT_IN and name != named(override({}, overrides)):
+        raise UserError(
+            f"{source}: its method is the module '{name}', which would be run; if you know it, say so by "
+            f"--set method.name={name}"
+        )
 
 
 def section(name: str) -> str:

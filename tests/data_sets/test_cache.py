@@ -133,10 +133,12 @@ def test_a_missing_image_is_named(images, folder):
         cache.decode(images, SIZE, folder=folder)
 
 
-def test_a_decompression_bomb_stays_an_error(images, folder, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(UserError, match="cannot read 5 .*decompression bomb"):
-        cache.decode(images, SIZE, folder=folder)
+def test_too_large_an_image_is_refused_by_the_setting(images, folder):
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(UserError, match=r"cannot read 5 .*0.png: has more than 199 pixels \(data.max_pixels\)"):
+        cache.decode(images, SIZE, folder=folder, max_pixels=199)
+    assert before == Image.MAX_IMAGE_PIXELS and files(folder) == []
+    assert len(cache.decode(images, SIZE, folder=folder, max_pixels=200)) == 5
 
 
 def test_no_images_are_refused(folder):
