@@ -3,66 +3,142 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 
 from engine.errors import UserError
 
+LATEST = ("last.pt", "previous.pt")
+_MARK = b"sha256:"
+_TRAILER = len(_MARK) + 2 * hashlib.sha256().digest_size
+
 
 def write(
     path: Path,
-    content: bytes,
+    content: bytes | memoryview,
     remedy: str = "make room or choose another folder by --out, then go on with --resume",
+    keep: Path | None = None,
 ) -> None:
     """Put `content` at `path` so that a reader, or a crash at any moment, sees the old file or the new one.
 
+    Args:
+        keep: where the old file stays.
+
     Raises:
-        UserError: the folder is full or cannot be written to; the old file stays.
+        UserError: the folder is full, is gone or cannot be written to; the old file stays.
     """
     part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with explained(path, f"; {len(content) / 2**20:.1f} MiB needed", remedy):
+            with open(part, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                _keep(path, keep)
+            os.replace(part, path)
+            _sync(path.parent)
+    except BaseException:  # a signal too
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+@contextmanager
+def explained(path: Path, needs: str = "", remedy: str = "mend that, then go on with --resume") -> Iterator[None]:
+    """Turn what the file system refuses inside the block into a `UserError` about `path`."""
+    try:
+        yield
     except OSError as error:
-        part.unlink(missing_ok=True)
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}; {len(content) / 2**20:.1f} MiB needed); {remedy}"
-        ) from error
+        if not path.parent.is_dir():
+            reason = f"its folder is gone: {reason}"
+        raise UserError(f"{path}: cannot be written ({reason}{needs}); {remedy}") from error
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values; `load` gives them back."""
+def save(path: Path, state: dict[str, Any], keep: Path | None = None) -> None:
+    """Write tensors and plain values, and their checksum; `load` gives them back.
+
+    The file is that of `torch.save`, a ZIP archive, whose comment holds the SHA-256 of all bytes before the digest.
+
+    Args:
+        keep: where the file that was at `path` stays.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write(path, buffer.getvalue())
+    with buffer.getbuffer() as content:
+        content[-2:] = _TRAILER.to_bytes(2, "little")  # the last field of an archive: how long its comment is
+        digest = hashlib.sha256(content)
+    digest.update(_MARK)
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(_MARK + digest.hexdigest().encode())
+    with buffer.getbuffer() as content:
+        write(path, content, keep=keep)
 
 
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint of this engine, on the CPU. Nothing in the file is executed.
 
     Raises:
-        UserError: no such file, or not a checkpoint.
+        UserError: no such file, a damaged one, or not a checkpoint.
     """
     if not path.is_file():
         raise UserError(
             f"{path}: no such checkpoint; a run folder holds last.pt, best.pt and stage1.pt once they exist"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            _check(file)
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged or foreign files fail in many ways
-        raise UserError(f"{path}: not a readable checkpoint ({error}); use another one of the run") from error
-    if not isinstance(state, dict) or "network" not in state or "config" not in state:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); use another one of the run") from error
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in ("network", "config")):
         raise UserError(f"{path}: not a checkpoint of this engine (it has no 'network' and 'config')")
     return state
+
+
+def exists(folder: Path) -> bool:
+    """Whether a run can go on from this folder."""
+    return any((folder / name).is_file() for name in LATEST)
+
+
+def latest(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The latest whole checkpoint of a run, and its file. A damaged one is passed over with a warning.
+
+    Raises:
+        UserError: there is none.
+    """
+    problems: list[str] = []
+    for path in (folder / name for name in LATEST):
+        try:
+            content = load(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            warnings.warn(f"{problems[0]}. Taking {path.name}, the one before", stacklevel=2)
+        return content, path
+    raise UserError(problems[0])
+
+
+def set_damaged_aside(folder: Path) -> None:
+    """Make previous.pt the latest checkpoint; what was it becomes damaged.pt."""
+    with explained(folder / LATEST[0]):
+        if (folder / LATEST[0]).exists():
+            os.replace(folder / LATEST[0], folder / "damaged.pt")
+        os.replace(folder / LATEST[1], folder / LATEST[0])
 
 
 def locate(run: str, name: str = "last") -> Path:
@@ -89,8 +165,54 @@ def load_network(network: nn.Module, content: dict[str, Any], fresh: str = "") -
         state = own | {name: value for name, value in state.items() if not name.startswith(f"{fresh}.")}
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
             f"the checkpoint is of another network (its model settings: {content['config'].get('model')}): "
             f"{str(error).splitlines()[-1].strip()}; use the configuration it was trained with"
         ) from error
+
+
+def _keep(path: Path, keep: Path) -> None:
+    """Leave the file at `path` at `keep` too, where the file system can; it is about to be replaced."""
+    second = keep.with_name(f".{keep.name}.part")
+    try:
+        second.unlink(missing_ok=True)
+        os.link(path, second)
+    except OSError:  # a file system without hard links: for a moment there is no file at `path`
+        second = path
+    os.replace(second, keep)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder survive a power cut, where the file system can promise it."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check(file: IO[bytes]) -> None:
+    """Raise a `ValueError` for a file that is not what was saved, or that would unpack to more than it is.
+
+    Files of versions that wrote no checksum pass; what they lack, `torch.load` may notice.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _TRAILER))
+    trailer = file.read()
+    if trailer.startswith(_MARK):
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - len(trailer) + len(_MARK)
+        while left:
+            block = file.read(min(left, 2**20))
+            if not block:
+                raise ValueError("it was cut off while it was read")
+            digest.update(block)
+            left -= len(block)
+        if digest.hexdigest().encode() != trailer[len(_MARK) :]:
+            raise ValueError("its checksum does not match: it was damaged or changed after it was written")
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise ValueError("it would unpack to more than it is, as no checkpoint does")

@@ -316,10 +316,10 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: no such file, bad YAML, an unknown setting, a wrong type or choice; a suggestion is given.
     """
-    return parse(override(read(find(name)), overrides))
+    return parse(override(read_file(find(name)), overrides))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, unchecked; errors as for `load`."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import sys
 import warnings
 from collections.abc import Callable
 
+from engine import stopping
 from engine.allocator import keep_freed_memory
 
 
@@ -20,11 +22,20 @@ def command(tool: str) -> str:
 
 
 def run_tool(main: Callable[[], int]) -> None:
-    """Exit with what a tool's `main` returns; a `UserError` or a full disk prints its message alone, and code 2."""
+    """Exit with what a tool's `main` returns; a `UserError` or a full disk prints its message alone, and code 2.
+
+    Ctrl-C and SIGTERM raise `stopping.Stopped` in `main`.
+    """
     keep_freed_memory()
+    faulthandler.enable()  # says where, when a disk that a file is mapped from fails
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        sys.exit(main())
+        with stopping.graceful():
+            stopping.end_with_parent()
+            sys.exit(main())
+    except stopping.Stopped as stop:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(stop.code)
     except UserError as error:
         message = str(error)
     except OSError as error:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from engine.analysis import Attention, Bars, Chart, Distances, Embedding, Rankings, Shot
+from engine.data.cache import open_image
 from engine.errors import UserError
 from engine.features import NAMES
 from engine.pair import Pair
@@ -267,8 +268,7 @@ def _below(axes: Any, left: float, top: float, shot: Shot, more: str = "") -> No
 
 def _pixels(shot: Shot) -> np.ndarray:
     """The file's image, `[H, W, 3]` uint8, of one size for all."""
-    with Image.open(shot.path) as image:
-        return np.asarray(image.convert("RGB").resize(_SHOT[::-1], Image.Resampling.LANCZOS))
+    return np.asarray(open_image(shot.path).resize(_SHOT[::-1], Image.Resampling.LANCZOS))
 
 
 def _lit(pixels: np.ndarray, seen: np.ndarray) -> np.ndarray:

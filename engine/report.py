@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from engine import checkpoint
 from engine.errors import UserError
 from engine.evaluate import RANKS, Score
 from engine.evolve import EVENTS
@@ -48,19 +50,19 @@ class Log:
                 raise UserError('tensorboard: not installed; run: pip install -e ".[tb]"') from error
             self.events = SummaryWriter(str(folder), purge_step=keep + 1)
         if self.metrics.exists():
-            lines = [line for line in self.metrics.read_text().splitlines() if json.loads(line)["epoch"] <= keep]
-            self.metrics.write_text("".join(f"{line}\n" for line in lines))
+            lines = [line for line in self.metrics.read_bytes().splitlines() if 0 < _epoch(line) <= keep]
+            checkpoint.write(self.metrics, b"".join(line + b"\n" for line in lines))
+        if self.text.exists() and not self.text.read_bytes().endswith(b"\n"):
+            self._append(self.text, "")  # a crash cut the last line short
 
     def say(self, text: str) -> None:
         """Print, and append to log.txt."""
         tqdm.write(text)
-        with open(self.text, "a") as file:
-            file.write(text + "\n")
+        self._append(self.text, text)
 
     def record(self, row: dict[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(self.metrics, json.dumps(row))
         if self.events is not None:
             for group in ("labels", "losses", "seconds"):
                 for name, value in row[group].items():
@@ -69,6 +71,20 @@ class Log:
                 for name, value in score["values"].items():
                     self.events.add_scalar(f"{score['protocol']} {score['rerank']}/{name}", value, row["epoch"])
             self.events.flush()
+
+    def _append(self, path: Path, line: str) -> None:
+        with checkpoint.explained(path), open(path, "a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that survives a power cut finds its epochs here
+
+
+def _epoch(line: bytes) -> int:
+    """Of a line of metrics.jsonl; 0 for one that a crash damaged."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def epoch_block(row: dict[str, Any]) -> str:

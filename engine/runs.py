@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import platform
 import shlex
+import socket
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from engine import checkpoint, folders, info
-from engine.config import Config, differences, load, parse, to_dict
+from engine import checkpoint, folders, info, methods
+from engine.config import Config, differences, override, parse, read_file, to_dict
 from engine.errors import UserError
 
 # Settings that a resumed run may change: they say where and how fast it runs, not what it computes.
@@ -24,6 +30,7 @@ MOVABLE = (
     "data.root",
     "data.also.*.root",
     "data.cache",
+    "data.max_pixels",
     "data.workers",
     "train.checkpoint_steps",
     "train.features",
@@ -108,10 +115,7 @@ def choose(config: Config, name: str, out: str = "") -> Path:
         UserError: `out` holds a run already.
     """
     if out:
-        if (Path(out) / "last.pt").exists():
-            raise UserError(
-                f"--out {out}: holds a run already; go on with it by --resume {out}, or choose another folder"
-            )
+        refuse_taken(Path(out))
         return Path(out)
     folder, number = Path("runs") / f"{name}-seed{config.seed}", 1
     while folder.exists():
@@ -120,13 +124,50 @@ def choose(config: Config, name: str, out: str = "") -> Path:
     return folder
 
 
-def create(folder: Path, config: Config) -> None:
-    """Make a run folder with config.yaml and environment.json.
+def refuse_taken(folder: Path) -> None:
+    """Raise a `UserError` for a folder that holds a run already."""
+    if checkpoint.exists(folder):
+        raise UserError(
+            f"--out {folder}: holds a run already; go on with it by --resume {folder}, or choose another folder"
+        )
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Inside, no other process that asks the same gets this folder, which is made if need be.
+
+    The kernel lets go of it when this process ends, however it does; the file .lock stays and means nothing by itself.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: another process has it, or the folder cannot be made or written to.
     """
     folders.make(folder)
+    with checkpoint.explained(folder / ".lock", remedy="choose another folder by --out"):
+        (folder / ".lock").touch()
+    with open(folder / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                lock.seek(0)
+                raise UserError(
+                    f"{folder}: {lock.read().strip() or 'another process'} is at work in this run folder; wait for it or "
+                    "stop it, or choose another folder by --out"
+                ) from error
+            warnings.warn(f"{folder}: its file system has no locks; see that no two runs use it at once", stacklevel=3)
+        with checkpoint.explained(folder / ".lock"):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        yield
+
+
+def create(folder: Path, config: Config) -> None:
+    """Write config.yaml and environment.json to a run folder.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
     checkpoint.write(folder / "environment.json", json.dumps(environment(config.seed), indent=2).encode())
     checkpoint.write(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode())
 
@@ -142,10 +183,12 @@ def reopen(run: str, overrides: list[str]) -> tuple[Config, Path]:
         folder = folder.parent
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume {run}: not a run folder (it has no config.yaml)")
-    if not (folder / "last.pt").is_file():
+    if not checkpoint.exists(folder):
         raise UserError(f"--resume {run}: it was stopped before its first checkpoint; start it anew, without --resume")
-    saved = to_dict(parse(checkpoint.load(folder / "last.pt")["config"]))
-    config = load(str(folder / "config.yaml"), overrides)
+    content, written = checkpoint.latest(folder)[0]["config"], read_file(folder / "config.yaml")
+    for settings in (content, written):
+        methods.refuse_foreign(settings, overrides, folder)
+    saved, config = to_dict(parse(content)), parse(override(written, overrides))
     changed = fixed_differences(saved, to_dict(config))
     if changed:
         raise UserError(
@@ -161,7 +204,7 @@ def fixed_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def movable_overrides(config: Config) -> list[str]:
-    """The settings that a resumed run may change, "a.b=c" each."""
+    """The settings that a resumed run may change, "a.b=c" each, and its method, so that a module of the user's may run."""
 
     def walk(value: Any, path: str) -> Iterator[str]:
         if is_movable(path):
@@ -170,7 +213,7 @@ def movable_overrides(config: Config) -> list[str]:
         for key, item in items:
             yield from walk(item, f"{path}.{key}".lstrip("."))
 
-    return list(walk(to_dict(config), ""))
+    return [*walk(to_dict(config), ""), f"method.name={config.method.name}"]
 
 
 def is_movable(path: str) -> bool:

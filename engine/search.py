@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from engine import ops
+from engine.data.cache import open_image
 from engine.data.dataset import Images
 from engine.errors import UserError
 from engine.index import Index
@@ -202,8 +203,7 @@ def _tile(picture: Image.Image, corner: tuple[int, int], path: str, lines: Seque
     left, top = corner
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(TEXT - 3)
     try:
-        with Image.open(path) as image:
-            tile = ImageOps.pad(image.convert("RGB"), TILE, color=EMPTY)
+        tile = ImageOps.pad(open_image(path), TILE, color=EMPTY)
     except Exception:  # noqa: BLE001  an index outlives its images, and Pillow's decoders raise much more than OSError
         tile = Image.new("RGB", TILE, EMPTY)
     picture.paste(tile, corner)

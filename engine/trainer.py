@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import checkpoint, data, methods, optim, report, runs, seeds
+from engine import checkpoint, data, methods, optim, report, runs, seeds, stopping
 from engine.cluster import Labels, quality
 from engine.config import Config, Stage, to_dict
 from engine.data.dataset import Images
@@ -62,7 +63,7 @@ class Trainer:
     Args:
         config: the run's settings.
         folder: the run folder; made by `run` when it is new.
-        resume: go on from the folder's last.pt.
+        resume: go on from the folder's last.pt, or previous.pt where that is damaged.
     """
 
     def __init__(self, config: Config, folder: Path, *, resume: bool = False) -> None:
@@ -82,9 +83,8 @@ class Trainer:
         self.optimizer = optim.build(self.network, config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.precision == "fp16")
         self.state = State()
-        if resume:
-            self._restore(checkpoint.load(folder / "last.pt"))
-        elif config.train.start_from:
+        self.resume, self.saved = resume, (-1, -1)  # the epoch and the step of the latest checkpoint
+        if config.train.start_from and not resume:
             self._start_from(config.train.start_from)
         self.forward: Any = torch.compile(self.network) if config.train.compile else self.network
 
@@ -94,25 +94,47 @@ class Trainer:
         return _fingerprint(self.dataset.train)
 
     def run(self) -> list[tuple[str, Score]]:
-        """Train to the end; returns the rows of the final table, which is also in the folder's results.md."""
+        """Train to the end; returns the rows of the final table, which is also in the folder's results.md.
+
+        Raises:
+            UserError: another process is at work in the folder, it cannot be written to, or a loss is not finite.
+            Stopped: inside of `stopping.graceful`, a signal came; the running step was finished and saved before.
+        """
+        with runs.hold(self.folder):
+            if self.resume:
+                self._restore()
+            else:
+                runs.refuse_taken(self.folder)  # by a process that was quicker
+                runs.create(self.folder, self.config)
+            try:
+                return self._run()
+            except stopping.Stopped as stop:
+                if self.state.started and not stop.cut and self.saved != (self.state.epoch, self.state.step):
+                    self._save("last.pt")
+                    self.log.say(
+                        f"stopped in epoch {self.state.epoch + 1} after step {self.state.step}, which is saved"
+                    )
+                raise
+            except RuntimeError as error:
+                if "device-side assert" not in str(error):
+                    raise
+                raise UserError(
+                    f"epoch {self.state.epoch + 1}, about step {self.state.step + 1}: the GPU stopped, for the reason that "
+                    "it printed above. Checkpoints are as they were; --resume with --set device=cpu repeats the steps "
+                    "since then where a loss that is not finite is named and its batch saved"
+                ) from error
+
+    def _run(self) -> list[tuple[str, Score]]:
         schedule = list(_schedule(self.config.train.stages))
-        if not self.state.started:
-            runs.create(self.folder, self.config)
         self.log = report.Log(self.folder, self.state.epoch, self.config.tensorboard)
         if not self.state.started:
             self._start()
         elif self.state.epoch == len(schedule):
             self.log.say("this run has finished already; its results:")
+        elif self.resume:
+            self.log.say(f"going on in epoch {self.state.epoch + 1} after step {self.state.step}")
         for epoch, stage in schedule[self.state.epoch :]:
-            try:
-                self._epoch(epoch, stage, len(schedule))
-            except RuntimeError as error:
-                if "is not finite" not in str(error):
-                    raise
-                raise UserError(
-                    f"epoch {epoch + 1}, step {self.state.step + 1}: {error}. Nothing of this step was kept; lower "
-                    "optim.lr, or use train.precision=fp32, then go on with --resume"
-                ) from error
+            self._epoch(epoch, stage, len(schedule))
         return self._results()
 
     def _start(self) -> None:
@@ -120,10 +142,18 @@ class Trainer:
         loaded = bool(self.config.train.start_from)
         self._milestone("as loaded" if loaded else "untrained")
         if self.config.train.warm_up.iterations and not loaded:
-            self._warm_up()
+            try:
+                self._warm_up()
+            except RuntimeError as error:
+                if "is not finite" not in str(error):
+                    raise
+                raise UserError(
+                    f"{error}; lower optim.lr, or raise train.warm_up.temperature, and start again"
+                ) from error
             self._milestone("after warm-up")
-        self.state.started = True
-        self._save("last.pt")
+        with stopping.held():
+            self.state.started = True
+            self._save("last.pt")
 
     def _epoch(self, epoch: int, stage: int, epochs: int) -> None:
         settings = self.config.train.stages[stage]
@@ -160,18 +190,19 @@ class Trainer:
             "peak_mib": report.peak_memory(self.device),
         }
         main = [asdict(score) for score in scores if score.protocol == scores[0].protocol]
-        self.log.say(report.epoch_block(row | {"scores": main}))
-        self.log.record(row)
-        state.epoch, state.step, state.totals = epoch + 1, 0, {}
-        if scores and (state.best is None or scores[0].values["mAP"] > state.best[1][0].values["mAP"]):
-            state.best = (epoch + 1, scores)
-            self._save("best.pt")
-        if last:
-            if scores:
-                end = " (last epoch)" if epoch + 1 == epochs else ""
-                state.milestones.append((f"after stage {stage + 1}{end}", scores))
-            self._save(f"stage{stage + 1}.pt")
-        self._save("last.pt")
+        with stopping.held():
+            self.log.say(report.epoch_block(row | {"scores": main}))
+            self.log.record(row)
+            state.epoch, state.step, state.totals = epoch + 1, 0, {}
+            if scores and (state.best is None or scores[0].values["mAP"] > state.best[1][0].values["mAP"]):
+                state.best = (epoch + 1, scores)
+                self._save("best.pt")
+            if last:
+                if scores:
+                    end = " (last epoch)" if epoch + 1 == epochs else ""
+                    state.milestones.append((f"after stage {stage + 1}{end}", scores))
+                self._save(f"stage{stage + 1}.pt")
+            self._save("last.pt")
 
     def _label(self, stage: int, phases: Phases) -> None:
         """The offline step at the start of an epoch: features, pseudo-labels, memories."""
@@ -212,20 +243,55 @@ class Trainer:
         state, config = self.state, self.config
         assert state.labels is not None
         loader = Loader(self.pixels, config.augment, self.device, (_AUGMENTING, config.seed), self.texts)
-        plan = self.method.batches(state.labels, settings, seeds.random_state(_SAMPLING, config.seed, epoch))
+        plan = self._plan(settings, epoch)
         batches = loader.batches(plan, state.labels, epoch, ltg=stage == 0, start=state.step)
         title = f"epoch {epoch + 1} (stage {stage + 1}, {within + 1}/{settings.epochs})"
         bar = tqdm(batches, title, settings.iterations, initial=state.step, leave=False, disable=None, unit="step")
         self.network.train()
         for batch in bar:
-            optim.set_rate(self.optimizer, config.optim, rate, within * settings.iterations + state.step)
-            terms = self._step(batch, stage)
-            for name, value in terms.items():
-                state.totals[name] = state.totals.get(name, torch.zeros((), device=self.device)) + value
-            state.step += 1
-            every = config.train.checkpoint_steps
-            if every and state.step % every == 0 and state.step < settings.iterations:
-                self._save("last.pt")
+            with stopping.held():
+                optim.set_rate(self.optimizer, config.optim, rate, within * settings.iterations + state.step)
+                try:
+                    terms = self._step(batch, stage)
+                except RuntimeError as error:
+                    if "is not finite" not in str(error):
+                        raise
+                    rows = next(islice(self._plan(settings, epoch), state.step, None))
+                    raise self._failed(str(error), batch, rows) from error
+                for name, value in terms.items():
+                    state.totals[name] = state.totals.get(name, torch.zeros((), device=self.device)) + value
+                state.step += 1
+                every = config.train.checkpoint_steps
+                if every and state.step % every == 0 and state.step < settings.iterations:
+                    self._save("last.pt")
+
+    def _plan(self, settings: Stage, epoch: int) -> Iterator[Pair[np.ndarray]]:
+        """The rows of every batch of an epoch."""
+        assert self.state.labels is not None
+        rng = seeds.random_state(_SAMPLING, self.config.seed, epoch)
+        return self.method.batches(self.state.labels, settings, rng)
+
+    def _failed(self, problem: str, batch: Batch, rows: Pair[np.ndarray]) -> UserError:
+        """The error for a step whose loss is not finite; what it worked on is saved for a look at it."""
+        state, file = self.state, self.folder / "failed_step.pt"
+        content: dict[str, Any] = {
+            "problem": problem,
+            "epoch": state.epoch + 1,
+            "step": state.step + 1,
+            "rows": vars(rows.map(torch.from_numpy)),
+            "paths": vars(self.dataset.train.map(lambda images, chosen: [images.paths[i] for i in chosen], rows)),
+            "images": {"vis": batch.vis, "aug": batch.aug, "ir": batch.ir},
+            "own": vars(batch.own),
+            "cross": batch.cross and vars(batch.cross),
+            "memory_norms": {
+                name: bank.float().norm(dim=-1) for name, bank in state.memories.items() if bank.dim() > 1
+            },
+        }
+        checkpoint.save(file, content)
+        return UserError(
+            f"epoch {state.epoch + 1}, step {state.step + 1}: {problem}. Nothing of this step was kept but its batch, in "
+            f"{file}; lower optim.lr, or use train.precision=fp32, then go on with --resume"
+        )
 
     def _step(self, batch: Batch, stage: int) -> dict[str, Tensor]:
         """One optimiser step and the update of the memories; returns the loss terms."""
@@ -316,6 +382,12 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         state = self.state
+        wrong = [name for name, value in self.network.state_dict().items() if not value.isfinite().all()]
+        if wrong:
+            raise UserError(
+                f"epoch {state.epoch + 1}, step {state.step}: '{wrong[0]}' of the network is not finite. Checkpoints are as "
+                "they were; lower optim.lr or set optim.clip, or use train.precision=fp32, then go on with --resume"
+            )
         content: dict[str, Any] = {
             "config": to_dict(self.config),
             "network": self.network.state_dict(),
@@ -335,9 +407,22 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "images": self.images,
         }
-        checkpoint.save(self.folder / name, content)
+        latest = name == "last.pt"
+        checkpoint.save(self.folder / name, content, keep=self.folder / "previous.pt" if latest else None)
+        if latest:
+            self.saved = state.epoch, state.step
 
-    def _restore(self, content: dict[str, Any]) -> None:
+    def _restore(self) -> None:
+        """Go on from the folder's latest checkpoint."""
+        content, path = checkpoint.latest(self.folder)
+        if path.name != "last.pt":
+            checkpoint.set_damaged_aside(self.folder)
+        try:
+            self._take_over(content)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: not a checkpoint to go on from ({error!r}); start a new run") from error
+
+    def _take_over(self, content: dict[str, Any]) -> None:
         if content["images"] != self.images:
             raise UserError(
                 f"{self.folder}: the training images are not those this run was started with ({content['images']} then, "
@@ -361,6 +446,7 @@ class Trainer:
             best and (best[0], [Score(**score) for score in best[1]]),
         )
         self.method.memory = self.state.memories
+        self.saved = self.state.epoch, self.state.step
         torch.set_rng_state(content["rng"])
         if content["cuda_rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(content["cuda_rng"])

@@ -41,7 +41,7 @@ def test_a_run_leaves_settings_log_metrics_checkpoints_and_a_table(whole):
     folder, rows = whole
     names = {path.name for path in folder.iterdir()}
     files = {"config.yaml", "environment.json", "log.txt", "metrics.jsonl", "results.md"}
-    assert names == files | {"last.pt", "best.pt", "stage1.pt", "stage2.pt"}
+    assert names == files | {".lock", "last.pt", "previous.pt", "best.pt", "stage1.pt", "stage2.pt"}
     labels = [label for label, _ in rows]
     assert labels[:4] == ["untrained", "after warm-up", "after stage 1", "after stage 2 (last epoch)"]
     assert labels[4].startswith("best epoch (") and labels[-1] == "after stage 2 (last epoch) + CMFP(te) k=3"
@@ -223,7 +223,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(whole, tmp_path):
 
 def test_a_changed_data_set_is_noticed_on_resume(whole, sysu_tree, cache):
     with pytest.raises(UserError, match="the training images are not those this run was started with"):
-        Trainer(settings(sysu_tree, cache, "data.split=val"), whole[0], resume=True)
+        Trainer(settings(sysu_tree, cache, "data.split=val"), whole[0], resume=True).run()
 
 
 def test_a_checkpoint_scores_as_the_run_did(whole):

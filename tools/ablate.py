@@ -14,7 +14,6 @@ import csv
 import functools
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -66,7 +65,6 @@ def main() -> int:
     for name in ("seeds", "jobs"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run is left behind
     table = TABLES[arguments.table]
     base = config.load(arguments.cfg, arguments.set)
     protocols = _check(base, table.method)
@@ -75,9 +73,9 @@ def main() -> int:
     try:
         failed = experiments.train([run for row in rows for run in row], arguments.jobs)
         lines = collect(table, rows, failed, protocols, _papers_data(base))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on with it", file=sys.stderr)
-        return 130
+        return getattr(stop, "code", 130)
     if arguments.form:
         print(arguments.form(lines, protocols))
     else:

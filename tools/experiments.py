@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint, config, runs
+from engine import checkpoint, config, runs, stopping
 from engine.config import Config, to_dict
 from engine.errors import UserError
 from engine.evaluate import Score, summary
@@ -61,14 +61,17 @@ def train(wanted: Sequence[Run], jobs: int = 1) -> dict[Path, str]:
                     failed[folder] = f"it starts from {before}, which failed"
                     del waiting[folder]
                 elif len(running) < jobs and before not in {*waiting, *running}:
-                    _say(f"{'going on' if (folder / 'last.pt').exists() else 'started'}: {folder}")
-                    running[folder] = _start(run, threads), time.monotonic()
                     del waiting[folder]
+                    _say(f"{'going on' if checkpoint.exists(folder) else 'started'}: {folder}")
+                    try:
+                        running[folder] = _start(run, threads), time.monotonic()
+                    except UserError as error:  # another process is at work in it, for one
+                        failed[folder] = str(error)
             for folder, (process, began) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[folder]
-                if process.returncode == 130:
+                if process.returncode in (130, 143):
                     raise KeyboardInterrupt
                 if process.returncode:
                     failed[folder] = _reason(folder, process.returncode)
@@ -78,8 +81,9 @@ def train(wanted: Sequence[Run], jobs: int = 1) -> dict[Path, str]:
             if running:
                 time.sleep(0.1)
     finally:
-        for process, _ in running.values():  # checkpoints are whole at any moment
+        for process, _ in running.values():  # they save the step that they are in
             process.terminate()
+        for process, _ in running.values():
             process.wait()
     return failed
 
@@ -135,19 +139,27 @@ def average(found: Sequence[Sequence[Score]]) -> list[Score]:
 
 def _start(run: Run, threads: int) -> subprocess.Popen[bytes]:
     tool = [sys.executable, str(Path(__file__).parent / "train.py")]
-    if (run.folder / "last.pt").exists():
-        what = [
-            "--resume",
-            str(run.folder),
-            *(part for one in runs.movable_overrides(run.config) for part in ("--set", one)),
-        ]
-    else:
-        runs.create(run.folder, run.config)
-        what = ["--cfg", str(run.folder / "config.yaml"), "--out", str(run.folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with open(run.folder / "output.txt", "wb") as output:
+    with runs.hold(run.folder):
+        if checkpoint.exists(run.folder):
+            what = [
+                "--resume",
+                str(run.folder),
+                *(part for one in runs.movable_overrides(run.config) for part in ("--set", one)),
+            ]
+        else:
+            runs.create(run.folder, run.config)
+            what = ["--cfg", str(run.folder / "config.yaml"), "--out", str(run.folder)]
+        (run.folder / "output.txt").write_bytes(b"")
+    # In a session of its own Ctrl-C reaches it once, by this process; and it ends when this one does, however that is.
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), stopping.PARENT: str(os.getpid())}
+    with open(run.folder / "output.txt", "ab") as output:
         return subprocess.Popen(
-            [*tool, *what], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+            [*tool, *what],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
 
 

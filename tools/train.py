@@ -14,8 +14,9 @@ from pathlib import Path
 # To be said before torch loads: threads that spin while they wait cost tenfold where something else holds a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from engine import config, report, runs
+from engine import checkpoint, config, methods, report, runs
 from engine.errors import command, run_tool
+from engine.stopping import Stopped
 from engine.trainer import Trainer
 
 
@@ -43,10 +44,18 @@ def main() -> int:
         trainer = Trainer(settings, folder, resume=bool(arguments.resume))
         print(f"run folder: {folder}")
         rows = trainer.run()
-    except KeyboardInterrupt:
-        if (folder / "last.pt").exists():
-            print(f"\nstopped; go on with: {command('train')} --resume {folder}", file=sys.stderr)
-        return 130
+    except Stopped as stop:
+        if checkpoint.exists(folder):
+            name = settings.method.name
+            consent = "" if name in methods.BUILT_IN else f" --set method.name={name}"
+            remedy = f"go on with: {command('train')} --resume {folder}{consent}"
+        else:
+            remedy = (
+                "there is no checkpoint yet. What was drawn and decoded stays, what the network learned is lost; the same "
+                "command starts again"
+            )
+        print(f"\nstopped; {remedy}", file=sys.stderr)
+        return stop.code
     print(
         f"\n{report.table(rows)}\n\nin {folder}/results.md" if rows else f"\ndone; the network is in {folder}/last.pt"
     )

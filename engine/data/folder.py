@@ -78,7 +78,7 @@ def _read_list(file: Path) -> Iterator[tuple[str, int, int]]:
         name, *labels = line.strip().split("\t")
         if not name:
             continue
-        if labels and not (len(labels) == 2 and all(label.isdecimal() for label in labels)):
+        if labels and not (len(labels) == 2 and all(map(layout.is_number, labels))):
             raise UserError(f"{file}, line {number}, is {line!r}: expected {what}")
         path = str((file.parent / name).absolute())
         yield (path, int(labels[0]), int(labels[1])) if labels else _read_name(path)
