@@ -99,16 +99,19 @@ class Model:
     Attributes:
         backbone: resnet50, resnet18, or small (width 16, one block a stage: the demo's, trains on a CPU); with captions
             vit_b16 (CLIP's) or vit_small (the demo's), each with a text encoder.
-        weights: "imagenet" (torchvision's ResNet V1 state dict from the hub cache) or a file's path; for vit_b16 "clip"
-            (from the hub's cache) or a folder's path; "none".
+        weights: "imagenet" (torchvision's ResNet V1 state dict from the hub cache) or a file's path, of such a state dict or of
+            a network that others released (docs/weights.md); for vit_b16 "clip" (from the hub's cache) or a folder's path;
+            "none".
         download: whether "imagenet" or "clip" may be fetched when the cache does not hold it.
         bn_group: images that share one set of BatchNorm statistics in a training step; 0 = the whole batch.
+        non_local: whether a ResNet has AGW's non-local blocks in its second and third layer.
     """
 
     backbone: Literal["resnet50", "resnet18", "small", "vit_b16", "vit_small"] = "resnet50"
     weights: str = "imagenet"
     download: bool = False
     bn_group: int = 0
+    non_local: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint, data, methods
-from engine.config import Config, Source, override, parse
+from engine.config import Config, Source, override, parse, to_dict
+from engine.config import load as read_config
 from engine.data import transforms
 from engine.data.dataset import Images
 from engine.device import pick_device
@@ -95,18 +97,44 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Trained:
     return Trained(config, method, network.eval(), device, content, path)
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), rerank: Sequence[str] | None = None) -> list[Score]:
-    """Score a checkpoint by the configuration it carries; re-ranking is timed.
+def released(path: Path, cfg: str, overrides: Sequence[str] = ()) -> Trained:
+    """A network that others released, without a run of this engine (`engine.model.weights`).
 
     Args:
-        overrides: "a.b=c" changes, for example the data set's place, or another data set.
+        path: of its weights.
+        cfg: the configuration, as for `config.load`, whose data set, image size and backbone are meant.
+
+    Raises:
+        UserError: not such weights, or of another network than the configuration has.
+    """
+    config = read_config(cfg, [*overrides, f"model.weights={json.dumps(str(path))}", "method.name=dcl"])
+    device = pick_device(config.device)
+    method = methods.find(config.method.name)(config)
+    network = method.build().to(device)
+    content = {"config": to_dict(config), "network": network.state_dict()}
+    return Trained(config, method, network.eval(), device, content, path)
+
+
+def take(run: str, name: str = "last", overrides: Sequence[str] = (), cfg: str = "") -> Trained:
+    """The network that a command line names: of a run, a checkpoint, or, with a configuration, a released one."""
+    return released(Path(run), cfg, overrides) if cfg else load(checkpoint.locate(run, name), overrides)
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str] = (), rerank: Sequence[str] | None = None) -> list[Score]:
+    """`evaluate_trained` of a checkpoint, by the configuration that it carries; `overrides` as for `load`."""
+    return evaluate_trained(load(path, overrides), rerank)
+
+
+def evaluate_trained(trained: Trained, rerank: Sequence[str] | None = None) -> list[Score]:
+    """Score a network on its configuration's data set; re-ranking is timed.
+
+    Args:
         rerank: re-ranked rows other than those of the configuration, as `Rerank.parse` takes them.
 
     Raises:
         UserError: the data set has nothing to score on, its test images were trained on under these settings, or there
             is no such re-ranker.
     """
-    trained = load(path, overrides)
     config = trained.config
     rerankers = None if rerank is None else [config.evaluate.rerank.parse(text) for text in rerank]
     refuse_leak(parse(trained.content["config"]), config)

@@ -1,6 +1,7 @@
 """Score a trained network, or anybody's features or distances, by the field's protocols.
 
 python tools/evaluate.py RUN [--checkpoint best] [--set data.root=PATH] [--rerank cmfp cmrr:25]
+python tools/evaluate.py --weights released.pth --cfg sysu.yaml --set data.root=PATH
 python tools/evaluate.py --arrays features.npz --rule sysu --rerank cmfp:30 cmrr:15 aim k-reciprocal
 """
 
@@ -25,7 +26,7 @@ from engine.errors import UserError, run_tool
 from engine.evaluate import Score, score, summary, trial_distance
 from engine.phases import Phases
 from engine.rerank import Rerank
-from engine.trained import evaluate_checkpoint
+from engine.trained import evaluate_checkpoint, evaluate_trained, released
 
 COLUMNS = "query_ids, gallery_ids, query_cams, gallery_cams (int [Q], [G], [Q], [G])"
 
@@ -39,6 +40,8 @@ def main() -> int:
         metavar="NPZ",
         help=f"distance [Q, G], or query_features [Q, D] and gallery_features [G, D]; with {COLUMNS}",
     )
+    what.add_argument("--weights", metavar="FILE", help="a network that others released, for the data set of --cfg")
+    parser.add_argument("--cfg", metavar="NAME", help="configuration, for --weights")
     parser.add_argument("--checkpoint", default="last", metavar="NAME", help="last (default), best, stage1, ...")
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting")
     parser.add_argument("--rule", choices=("plain", "sysu", "llcm"), default="plain", help="filter, for --arrays")
@@ -50,9 +53,16 @@ def main() -> int:
     )
     parser.add_argument("--json", metavar="FILE", help="write the scores as JSON too")
     arguments = parser.parse_args()
+    if bool(arguments.cfg) != bool(arguments.weights):
+        raise UserError(
+            "--weights and --cfg belong together: the weights, and the configuration of the data set to score on"
+        )
     if arguments.arrays:
         scores = _score_arrays(Path(arguments.arrays), arguments.rule, arguments.rerank or [])
         name = "arrays"
+    elif arguments.weights:
+        scores = evaluate_trained(released(Path(arguments.weights), arguments.cfg, arguments.set), arguments.rerank)
+        name = Path(arguments.weights).name
     else:
         path = checkpoint.locate(arguments.run, arguments.checkpoint)
         scores = evaluate_checkpoint(path, arguments.set, arguments.rerank)

@@ -12,14 +12,14 @@ from pathlib import Path
 # To be said before torch loads: threads that spin while they wait cost tenfold where something else holds a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from engine import checkpoint, index, trained
+from engine import index, trained
 from engine.data import folder
 from engine.errors import run_tool
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="run folder, or a checkpoint file")
+    parser.add_argument("run", metavar="RUN", help="run folder, a checkpoint file, or weights for --cfg")
     parser.add_argument(
         "images",
         metavar="IMAGES",
@@ -35,13 +35,16 @@ def main() -> int:
         "--strict", action="store_true", help="refuse unreadable images, which else are named and left out"
     )
     parser.add_argument("--batch", type=int, default=0, metavar="N", help="images of a forward pass (evaluate.batch)")
+    parser.add_argument(
+        "--cfg", default="", metavar="NAME", help="configuration, where RUN is weights that others released"
+    )
     parser.add_argument("--checkpoint", default="last", metavar="NAME", help="last (default), best, stage1, ...")
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     index.check_name(out)
     images = folder.gather(arguments.images)
-    network = trained.load(checkpoint.locate(arguments.run, arguments.checkpoint), arguments.set)
+    network = trained.take(arguments.run, arguments.checkpoint, arguments.set, arguments.cfg)
     found = index.make(
         network,
         images,

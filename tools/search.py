@@ -30,7 +30,7 @@ PICTURED = 20  # queries in the picture
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     place = "a folder, with its subfolders; a text file of paths, a line each; or images"
-    parser.add_argument("run", metavar="RUN", help="run folder, or a checkpoint file")
+    parser.add_argument("run", metavar="RUN", help="run folder, a checkpoint file, or weights for --cfg")
     parser.add_argument("--query", metavar="IMAGES", nargs="+", required=True, help=place)
     parser.add_argument("--modality", choices=("vis", "ir"), default="ir", help="of the queries (ir)")
     parser.add_argument("--gallery", metavar="IMAGES", nargs="+", help=place)
@@ -60,6 +60,9 @@ def main() -> int:
         "--no-mirror", action="store_true", help="features of the images alone, without their mirror images"
     )
     parser.add_argument("--batch", type=int, default=0, metavar="N", help="images of a forward pass (evaluate.batch)")
+    parser.add_argument(
+        "--cfg", default="", metavar="NAME", help="configuration, where RUN is weights that others released"
+    )
     parser.add_argument("--checkpoint", default="last", metavar="NAME", help="last (default), best, stage1, ...")
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting")
     arguments = parser.parse_args()
@@ -71,7 +74,7 @@ def main() -> int:
                 f"{name}: there is no folder {Path(name).absolute().parent}; make it, or choose another place"
             )
     queries = folder.gather(arguments.query)
-    network = trained.load(checkpoint.locate(arguments.run, arguments.checkpoint), arguments.set)
+    network = trained.take(arguments.run, arguments.checkpoint, arguments.set, arguments.cfg)
     gallery = _gallery(network, arguments)
     query = index.make(
         network,

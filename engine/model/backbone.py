@@ -33,6 +33,10 @@ ARCHITECTURES = {
 }
 
 
+RELATIONS = (0, 2, 3, 0)
+"""How many of the last blocks of each layer a `Relation` follows."""
+
+
 class _Block(nn.Module):
     """Residual block of torchvision's ResNet V1.5: two 3x3 convolutions, or 1x1 - 3x3 - 1x1 when `bottleneck`."""
 
@@ -74,13 +78,35 @@ class _Stem(nn.Module):
         return self.pool(torch.relu(self.bn1(self.conv1(x))))
 
 
+class Relation(nn.Module):
+    """AGW's non-local block (Ye et al., TPAMI 2021) with one inner channel, which is how releases that build on it have it.
+
+    `y_i = sum_j theta_i phi_j g_j / N` over the N positions of a map, then `x + norm(out(y))`. With one channel the affinities
+    of all pairs factor, and `y = theta mean(phi g)`. The norm starts at 0: at first nothing changes.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.theta, self.phi, self.g = (nn.Conv2d(channels, 1, 1) for _ in range(3))
+        self.out, self.norm = nn.Conv2d(1, channels, 1), BatchNorm2d(channels)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, D, h, w]` both ways."""
+        y = self.theta(x) * (self.phi(x) * self.g(x)).mean((2, 3), keepdim=True)
+        return x + self.norm(self.out(y))
+
+
 class TwoStreamResNet(nn.Module):
     """`stems.vis`, `stems.ir` and shared `layer1` ... `layer4`, the last with stride 1.
 
     A 288x144 image gives an 18x9 map. BatchNorm after the stems is shared and sees the modalities in one batch.
+
+    Args:
+        relations: a `Relation` follows each of the last two blocks of layer2 and the last three of layer3.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, relations: bool = False) -> None:
         super().__init__()
         self.stems = nn.ModuleDict({modality: _Stem(architecture) for modality in ("vis", "ir")})
         inputs = architecture.width
@@ -91,6 +117,10 @@ class TwoStreamResNet(nn.Module):
                 inputs = width * (4 if architecture.bottleneck else 1)
                 layer.append(block)
             self.add_module(f"layer{i + 1}", nn.Sequential(*layer))
+        for i, count in enumerate(RELATIONS if relations else (), start=1):
+            blocks = architecture.blocks[i - 1]
+            width = architecture.channels // 2 ** (4 - i)
+            self.add_module(f"layer{i}_relations", nn.ModuleList(Relation(width) for _ in range(min(count, blocks))))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -111,5 +141,10 @@ class TwoStreamResNet(nn.Module):
         if order is not None:
             x = x[order]
         for i in range(1, 5):
-            x = getattr(self, f"layer{i}")(x)
+            layer, relations = getattr(self, f"layer{i}"), getattr(self, f"layer{i}_relations", ())
+            if not relations:
+                x = layer(x)
+                continue
+            for j, block in enumerate(layer, start=len(relations) - len(layer)):
+                x = block(x) if j < 0 else relations[j](block(x))
         return x

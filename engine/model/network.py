@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from engine import config
 from engine.errors import UserError
+from engine.model import weights
 from engine.model.backbone import ARCHITECTURES, TwoStreamResNet
 from engine.model.norm import BatchNorm1d, set_groups
 from engine.model.parts import PartHead
 from engine.model.pooling import GeM
-from engine.model.weights import load_imagenet
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class Network(nn.Module):
                 "firm's"
             )
         architecture = ARCHITECTURES[settings.backbone]
-        self.backbone = TwoStreamResNet(architecture)
+        self.backbone = TwoStreamResNet(architecture, settings.non_local)
         self.pool = GeM()
         self.neck = BatchNorm1d(architecture.channels)
         self.neck.bias.requires_grad_(False)
         self.bn_group = settings.bn_group
         self.groups = 1
-        if settings.weights != "none":
-            load_imagenet(self.backbone, settings.backbone, settings.weights, settings.download)
         # Last, so that the rest starts as it does without: one stage 1 serves them both.
         self.parts = PartHead(architecture.channels, parts, uneven_parts) if parts else None
+        if settings.weights != "none":
+            weights.load(self, settings)
 
     def forward(
         self, vis: Tensor | None = None, aug: Tensor | None = None, ir: Tensor | None = None, *, stage: int = 0
