@@ -37,14 +37,12 @@ class Transport:
         iterations: of Sinkhorn.
         relax: the column marginal is held by a Kullback-Leibler penalty of this weight; 0 = held exactly, as printed.
         marginal: what prototypes take: in proportion to their "counts", or "uniform"ly, as printed.
-        own: by how much an image's own cluster is nearer to it than its feature says; 0 = not at all, as printed.
     """
 
     reg: float = 0.05
     iterations: int = 5
     relax: float | None = None
     marginal: Literal["counts", "uniform"] | None = None
-    own: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,18 +124,13 @@ def present(memory: Memory) -> Tensor:
     return memory["prototypes"].abs().amax(2) > 0
 
 
-def transport(
-    features: Tensor, prototypes: Tensor, counts: Tensor, settings: Transport, own: Tensor | None = None
-) -> Tensor:
+def transport(features: Tensor, prototypes: Tensor, counts: Tensor, settings: Transport) -> Tensor:
     """Where the rows of a batch go, `[B, K]`, rows sum to 1: semi-relaxed optimal transport at cost 1 - cos.
 
     Args:
         features: `[B, D]` unit rows; prototypes: `[K, D]` unit rows; counts: `[K]` images of each.
-        own: `[B, K]` 1 for the cluster that an image is in, 0 for others.
     """
     cost = 1 - features.detach() @ prototypes.T
-    if own is not None:
-        cost = cost - settings.own * own
     weights = torch.ones_like(counts) if settings.marginal == "uniform" else counts
     plan = ops.sinkhorn(
         cost,

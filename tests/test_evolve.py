@@ -93,15 +93,6 @@ def test_a_plan_at_the_temperature_of_the_contrast_teaches_nothing(temperature, 
     assert (pulls[0] > 0.1 * pulls[1]) == learns
 
 
-def test_an_images_own_cluster_can_be_made_nearer():
-    bank, counts = torch.stack([turned(0), turned(90)]), torch.ones(2)
-    row, own = turned(45).unsqueeze(0), torch.tensor([[0.0, 1.0]])
-    settings = Transport(0.05, 5, 1e-6, "counts", own=0.1)
-    plan = evolve.transport(row, bank, counts, settings, own)
-    torch.testing.assert_close(plan[0], torch.tensor([0.0, 2.0]).softmax(0), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(evolve.transport(row, bank, counts, settings)[0], torch.tensor([0.5, 0.5]))
-
-
 def test_the_gate_opens_above_both_of_its_thresholds():
     fused, own = torch.tensor([0.51, 0.5, 0.9, 0.9]), torch.tensor([0.41, 0.9, 0.4, 0.41])
     assert evolve.gate(fused, own, Gate()).tolist() == [True, False, False, True]

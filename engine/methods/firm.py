@@ -47,11 +47,9 @@ class Bootstrap:
 
     Attributes:
         every: epochs after which images are clustered anew; 0 = only once.
-        centre: take the mean of its modality from each feature first, so that modalities that lie apart can share clusters.
     """
 
     every: int = 5
-    centre: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,6 @@ class Firm(Method):
                 ("vspf.text_layers", self.vspf.text_layers, (self.vspf.text_layers or 0) >= 0, "at least 0"),
                 ("transport.reg", self.transport.reg, self.transport.reg > 0, "a number above 0"),
                 ("transport.iterations", self.transport.iterations, self.transport.iterations >= 1, "at least 1"),
-                ("transport.own", self.transport.own, self.transport.own >= 0, "at least 0"),
                 ("transport.relax", self.transport.relax, (self.transport.relax or 0) >= 0, "at least 0"),
                 ("gate.step", self.gate.step, 0 <= self.gate.step <= 1, "0 to 1"),
                 ("split.least", self.split.least, self.split.least >= 1, "at least 1"),
@@ -311,8 +308,6 @@ class Firm(Method):
     def _cluster(self, fused: Pair[Tensor]) -> Pair[Tensor]:
         """DBSCAN over both modalities at once."""
         settings = self.config.cluster
-        if self.settings.bootstrap.centre:
-            fused = fused.map(lambda rows: F.normalize(rows - rows.mean(0)))
         labels = dense(torch.cat([fused.vis, fused.ir]), settings.k1.vis, settings.eps.vis, settings)
         return Pair(*labels.split([len(fused.vis), len(fused.ir)]))
 
@@ -348,10 +343,10 @@ class Firm(Method):
             features = (output.fused if number == FUSED else output.features)[rows]
             present = memories[f"present.{number}"]
             bank = F.normalize(memories["prototypes"][number][present])
-            plan = (labels[rows].unsqueeze(1) == present).to(bank.dtype)
             if self.settings.evolving:
-                counts = memories["counts"][present]
-                plan = evolve.transport(features, bank, counts, self.settings.transport, plan)
+                plan = evolve.transport(features, bank, memories["counts"][present], self.settings.transport)
+            else:
+                plan = (labels[rows].unsqueeze(1) == present).to(bank.dtype)
             found.append(View(number, rows, features, bank, plan, present[plan.argmax(1)]))
         return found
 

@@ -81,13 +81,6 @@ def test_modalities_are_clustered_together():
     assert method.describe(labels)["clusters.both"] == 4
 
 
-@pytest.mark.parametrize(("centre", "both"), [("false", 0), ("true", 4)])
-def test_centring_joins_modalities_that_lie_apart(centre, both):
-    method = build(f"firm.bootstrap.centre={centre}")
-    labels = method.label(people(apart=1.0), 0, TIMES)
-    assert method.describe(labels)["clusters.both"] == both
-
-
 def test_clusters_are_made_anew_at_their_period_and_evolve_at_theirs(monkeypatch):
     done = []
     for name in ("rebuild", "relabel", "merge", "split"):
