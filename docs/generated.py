@@ -209,8 +209,10 @@ def settings() -> str:
     for section in all_settings():
         content += [f"## {section.path or 'The run'}", section.about]
         if section.rows:
-            lines = [(f"`{row[0]}`", row[1], row[2] and f"`{row[2]}`", row[3]) for row in section.rows]
-            content.append(table(("setting", "type", "default", "meaning"), lines))
+            lines = [
+                (f"`{name}`", meaning, kind, given and f"`{given}`") for name, kind, given, meaning in section.rows
+            ]
+            content.append(table(("setting", "meaning", "type", "default"), lines))
     return "\n\n".join(content)
 
 

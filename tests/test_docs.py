@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import settings, start
+from small_runs import metrics, settings, start
 
 from engine import config, ops
 from engine.errors import UserError
 from engine.info import operator_names
+from engine.ops._backend import BACKENDS, exists
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -64,6 +65,21 @@ def as_code(text: str) -> str:
     return "\n".join(lines)
 
 
+def test_the_documented_method_trains(sysu_tree, tmp_path, monkeypatch):
+    """docs/method.md's file, as a reader would save it: losses fall, and links across the modalities are learned from."""
+    (tmp_path / "research").mkdir()
+    (tmp_path / "research" / "mutual.py").write_text(as_code((ROOT / "docs" / "method.md").read_text()))
+    monkeypatch.syspath_prepend(tmp_path)
+    stages = [f"train.stages.{i}.{change}" for i in (0, 1) for change in ("iterations=12", "epochs=3")]
+    chosen = settings(sysu_tree, tmp_path / "cache", "method.name=research.mutual", "mutual.k=3", *stages)
+    start(chosen, tmp_path / "run").run()
+    rows = metrics(tmp_path / "run")
+    first, last = (row["losses"] for row in rows if row["stage"] == 2 and row["epoch"] in (4, 6))
+    assert set(first) == {"vis", "aug", "ir", "cross.vis", "cross.ir"}
+    assert sum(last.values()) < sum(first.values())
+    assert all(row["labels"]["matched.vis"] > 0 and row["scores"] for row in rows if row["stage"] == 2)
+
+
 @pytest.mark.parametrize("name", operator_names())
 def test_an_operators_example_gives_what_it_shows(name):
     text = inspect.getdoc(getattr(ops, name))
@@ -72,6 +88,16 @@ def test_an_operators_example_gives_what_it_shows(name):
     test = doctest.DocTestParser().get_doctest(generated.IMPORTS + example, {}, name, None, None)
     assert any(part.want for part in test.examples)
     assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_the_readme_names_the_operators_of_each_back_end():
+    text = (ROOT / "README.md").read_text()
+    for backend in BACKENDS:
+        row = re.search(rf"^\| `{backend}`[^|]*\| (.*) \|$", text, re.MULTILINE)
+        assert row, backend
+        named = set(re.findall(r"`(\w+)`", row[1]))
+        missing = {op for op in operator_names() if not exists(op, backend)}
+        assert named == (missing if row[1].startswith("all") else set(operator_names()) - missing), backend
 
 
 def test_every_setting_has_a_meaning():
