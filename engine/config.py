@@ -103,7 +103,8 @@ class Model:
             a network that others released (docs/weights.md); for vit_b16 "clip" (from the hub's cache) or a folder's path;
             "none".
         download: whether "imagenet" or "clip" may be fetched when the cache does not hold it.
-        bn_group: images that share one set of BatchNorm statistics in a training step; 0 = the whole batch.
+        bn_group: images that share one set of BatchNorm statistics in a training step, on however many processes; 0 = the
+            whole batch.
         non_local: whether a ResNet has AGW's non-local blocks in its second and third layer.
     """
 
@@ -213,7 +214,8 @@ class Train:
         precision: "fp32", "tf32" (matrix units' float32), or autocast to "bf16" / "fp16" (with loss scaling).
         channels_last: lay images out by pixel in memory, which convolutions on a GPU may prefer.
         compile: let `torch.compile` rewrite the network.
-        accumulate: parts that a batch is split into, to fit in memory; BatchNorm then sees one part at a time.
+        accumulate: parts that a batch is computed in, to fit in memory, with the result of the whole; `model.bn_group` must
+            then lie within a part.
         checkpoint_steps: also checkpoint within an epoch, every so many steps; 0 = at the end of an epoch only.
         features: where the features of all images lie, and what is as large: in the "memory" of the device, or on the "disk",
             in the cache's folder, from where the CPU makes the labels: docs/scale.md.

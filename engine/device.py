@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from engine import distributed
 from engine.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" = a GPU where there is one; else as named.
+    """ "auto" = a GPU where there is one; else as named. Of several processes on a machine each has the GPU of its number.
 
     Raises:
         UserError: no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
         if device.type == "cuda":
             torch.cuda.get_device_properties(device)
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -42,5 +43,6 @@ def run_tool(main: Callable[[], int]) -> None:
         if error.errno != errno.ENOSPC:
             raise
         message = f"the disk is full ({error.filename or 'writing the log'}); make room, then go on with --resume"
-    print(f"error: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"error{f' of process {rank}' * (rank != '0')}: {message}", file=sys.stderr)
     sys.exit(2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from engine import storage
+from engine import distributed, storage
 from engine.config import Config
 from engine.data import transforms
 from engine.pair import Modality, Pair
@@ -55,7 +55,7 @@ def extract(
     progress: str = "",
     texts: Pair[Tensor] | None = None,
 ) -> Features:
-    """Unit-length features of all images, in evaluation mode, without augmentation.
+    """Unit-length features of all images, in evaluation mode, without augmentation; each process extracts its share.
 
     Args:
         network: called with `vis=` or `ir=` images, and with texts `vis_text=` or `ir_text=` tokens; gives an `Output`.
@@ -117,15 +117,19 @@ def extract_one(
 
     def keep(name: str, start: int, rows: Tensor) -> None:
         """Put `[..., n, D]` rows of some images in their place among those of all, for which there is room from the start."""
+        rows = distributed.gather(rows[..., : counts[distributed.rank()], :], counts, dim=-2)
         if name not in found:
             found[name] = place.empty(*rows.shape[:-2], len(pixels), rows.shape[-1], like=rows)
         found[name][..., start : start + rows.shape[-2], :] = rows
 
-    title = f"{progress}, {NAMES[modality]}"
-    for start in tqdm(range(0, len(pixels), batch), title, leave=False, disable=None if progress else True):
-        block = torch.from_numpy(np.array(pixels[start : start + batch]))  # a copy: the file is mapped read-only
+    title, quiet = f"{progress}, {NAMES[modality]}", None if progress and distributed.is_main() else True
+    for start in tqdm(range(0, len(pixels), batch * distributed.world()), title, leave=False, disable=quiet):
+        # Of a run of blocks each process has one. Where it is empty, it looks at the first one to know what others have.
+        counts = [max(0, min(batch, len(pixels) - start - batch * i)) for i in range(distributed.world())]
+        first = start + batch * distributed.rank() if counts[distributed.rank()] else start
+        block = torch.from_numpy(np.array(pixels[first : first + batch]))  # a copy: the file is mapped read-only
         images = transforms.normalize(block.to(device))
-        read = {} if texts is None else {f"{modality}_text": texts[start : start + batch, 0].to(device)}
+        read = {} if texts is None else {f"{modality}_text": texts[first : first + batch, 0].to(device)}
         output = network(**{modality: images}, **read, stage=stage)
         features = output.features
         if mirror:

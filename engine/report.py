@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import checkpoint
+from engine import checkpoint, distributed
 from engine.errors import UserError
 from engine.evaluate import RANKS, Score
 from engine.evolve import EVENTS
@@ -31,6 +31,8 @@ def peak_memory(device: torch.device) -> float:
 class Log:
     """`log.txt` for people and `metrics.jsonl` for programs, in the run folder; TensorBoard's events if wanted.
 
+    Of several processes the main one alone writes.
+
     Args:
         folder: exists.
         keep: epochs already finished; later lines of `metrics.jsonl`, left by an interrupted epoch, are dropped.
@@ -43,6 +45,8 @@ class Log:
     def __init__(self, folder: Path, keep: int = 0, tensorboard: bool = False) -> None:
         self.text, self.metrics = folder / "log.txt", folder / "metrics.jsonl"
         self.events: Any = None
+        if not distributed.is_main():
+            return
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -57,11 +61,15 @@ class Log:
 
     def say(self, text: str) -> None:
         """Print, and append to log.txt."""
+        if not distributed.is_main():
+            return
         tqdm.write(text)
         self._append(self.text, text)
 
     def record(self, row: dict[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""
+        if not distributed.is_main():
+            return
         self._append(self.metrics, json.dumps(row))
         if self.events is not None:
             for group in ("labels", "losses", "seconds"):

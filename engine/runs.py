@@ -32,6 +32,7 @@ MOVABLE = (
     "data.cache",
     "data.max_pixels",
     "data.workers",
+    "train.accumulate",
     "train.checkpoint_steps",
     "train.features",
     "tensorboard",

@@ -64,6 +64,11 @@ def held() -> Iterator[None]:
         raise Stopped(_waiting)
 
 
+def waiting() -> int:
+    """The signal that came inside of the running `held` block; 0 = none."""
+    return _waiting
+
+
 def end_with_parent() -> None:
     """Have the kernel send SIGTERM to this process when the one in $ENGINE_PARENT, which started it, ends in any way."""
     parent = os.environ.pop(PARENT, "")

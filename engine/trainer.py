@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import checkpoint, data, methods, optim, report, runs, seeds, stopping
+from engine import checkpoint, data, distributed, methods, optim, report, runs, seeds, stopping
 from engine.cluster import Labels, quality
 from engine.config import Config, Stage, to_dict
 from engine.data.dataset import Images
@@ -29,6 +30,7 @@ from engine.features import NAMES, autocast, extract
 from engine.model.network import Output
 from engine.pair import Pair
 from engine.phases import Phases
+from engine.slices import Slices
 
 # Streams of random numbers; every draw is keyed by one of these, the seed, the epoch and the step.
 _SAMPLING, _AUGMENTING, _WARMING = 0, 1, 2
@@ -71,13 +73,17 @@ class Trainer:
         self.device = pick_device(config.device)
         _set_precision(config)
         torch.manual_seed(config.seed)
-        self.dataset = data.read(config.data)
-        self.method = methods.find(config.method.name)(config)
-        self.network = self.method.build().to(self.device)  # missing weights are noticed before anything long begins
-        self.texts = self.method.texts(self.dataset.train)
-        self.test_texts = self.method.texts(self.dataset.test) if self.dataset.test else None
-        self.pixels = decode(self.dataset.train, config, "training")
-        self.test_pixels = decode(self.dataset.test, config, "test") if self.dataset.test else None
+        with distributed.one_first():
+            self.dataset = data.read(config.data)
+            self.method = methods.find(config.method.name)(config)
+            self.network = self.method.build().to(
+                self.device
+            )  # missing weights are noticed before anything long begins
+            self.slices = Slices(self.network, config)
+            self.texts = self.method.texts(self.dataset.train)
+            self.test_texts = self.method.texts(self.dataset.test) if self.dataset.test else None
+            self.pixels = decode(self.dataset.train, config, "training")
+            self.test_pixels = decode(self.dataset.test, config, "test") if self.dataset.test else None
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = optim.build(self.network, config.optim)
@@ -100,10 +106,10 @@ class Trainer:
             UserError: another process is at work in the folder, it cannot be written to, or a loss is not finite.
             Stopped: inside of `stopping.graceful`, a signal came; the running step was finished and saved before.
         """
-        with runs.hold(self.folder):
+        with runs.hold(self.folder) if distributed.is_main() else nullcontext():
             if self.resume:
                 self._restore()
-            else:
+            elif distributed.is_main():
                 runs.refuse_taken(self.folder)  # by a process that was quicker
                 runs.create(self.folder, self.config)
             try:
@@ -168,6 +174,7 @@ class Trainer:
         first_step = state.step
         with phases("train"):
             self._steps(settings, epoch, within, stage, rate)
+            distributed.check_equal(self.network.state_dict() | state.memories)
         last = within == settings.epochs - 1
         scores = []
         with phases("evaluate"):
@@ -246,10 +253,11 @@ class Trainer:
         plan = self._plan(settings, epoch)
         batches = loader.batches(plan, state.labels, epoch, ltg=stage == 0, start=state.step)
         title = f"epoch {epoch + 1} (stage {stage + 1}, {within + 1}/{settings.epochs})"
-        bar = tqdm(batches, title, settings.iterations, initial=state.step, leave=False, disable=None, unit="step")
+        quiet = None if distributed.is_main() else True
+        bar = tqdm(batches, title, settings.iterations, initial=state.step, leave=False, disable=quiet, unit="step")
         self.network.train()
-        for batch in bar:
-            with stopping.held():
+        with stopping.held():
+            for batch in bar:
                 optim.set_rate(self.optimizer, config.optim, rate, within * settings.iterations + state.step)
                 try:
                     terms = self._step(batch, stage)
@@ -264,6 +272,9 @@ class Trainer:
                 every = config.train.checkpoint_steps
                 if every and state.step % every == 0 and state.step < settings.iterations:
                     self._save("last.pt")
+                number = distributed.largest(stopping.waiting())
+                if number:  # all processes stop behind the same step, whichever was told to
+                    raise stopping.Stopped(number)
 
     def _plan(self, settings: Stage, epoch: int) -> Iterator[Pair[np.ndarray]]:
         """The rows of every batch of an epoch."""
@@ -287,7 +298,8 @@ class Trainer:
                 name: bank.float().norm(dim=-1) for name, bank in state.memories.items() if bank.dim() > 1
             },
         }
-        checkpoint.save(file, content)
+        if distributed.is_main():
+            checkpoint.save(file, content)
         return UserError(
             f"epoch {state.epoch + 1}, step {state.step + 1}: {problem}. Nothing of this step was kept but its batch, in "
             f"{file}; lower optim.lr, or use train.precision=fp32, then go on with --resume"
@@ -295,20 +307,14 @@ class Trainer:
 
     def _step(self, batch: Batch, stage: int) -> dict[str, Tensor]:
         """One optimiser step and the update of the memories; returns the loss terms."""
-        parts = batch.split(self.config.train.accumulate)
-        outputs: list[Output] = []
-        sums: dict[str, Tensor] = {}
-        for part in parts:
-            output = self._forward(stage, **self.method.inputs(part))
-            terms = self.method.losses(output, part, self.state.memories)
-            for name, term in terms.items():
-                _assert_finite(term, name)
-                sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach() / len(parts)
-            self.scaler.scale(torch.stack(list(terms.values())).sum() / len(parts)).backward()
-            outputs.append(output)
+        output = self._forward(stage, **self.method.inputs(batch))
+        terms = self.method.losses(output, batch, self.state.memories)
+        for name, term in terms.items():
+            _assert_finite(term, name)
+        self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()
         self._descend()
-        self.method.update(Output.join(outputs, batch.kinds), batch, self.state.memories)
-        return sums
+        self.method.update(output, batch, self.state.memories)
+        return {name: term.detach() for name, term in terms.items()}
 
     def _warm_up(self) -> None:
         """Steps on random images, before the first clustering."""
@@ -320,7 +326,8 @@ class Trainer:
         )
         loader = Loader(self.pixels, self.config.augment, self.device, key, self.texts)
         self.network.train()
-        bar = tqdm(loader.views(plan), "warm-up", settings.iterations, leave=False, disable=None, unit="step")
+        quiet = None if distributed.is_main() else True
+        bar = tqdm(loader.views(plan), "warm-up", settings.iterations, leave=False, disable=quiet, unit="step")
         for step, views in enumerate(bar):
             optim.set_rate(self.optimizer, self.config.optim, self.config.optim.lr, step)
             terms = self.method.warm_up(functools.partial(self._forward, 0), views)
@@ -330,6 +337,7 @@ class Trainer:
             self._descend()
 
     def _descend(self) -> None:
+        distributed.add_gradients(self.network)
         if self.config.optim.clip:
             self.scaler.unscale_(self.optimizer)
             optim.clip(self.optimizer, self.config.optim.clip)
@@ -337,14 +345,19 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward(self, stage: int, **images: Tensor) -> Output:
-        if self.config.train.channels_last:
-            images = {
-                name: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-                for name, x in images.items()
-            }
-        with autocast(self.config, self.device):
-            return self.forward(**images, stage=stage)
+    def _forward(self, stage: int, **inputs: Tensor | Sequence[Tensor]) -> Output:
+        """The output for a whole batch, on every process."""
+
+        def forward(**images: Tensor) -> Output:
+            if self.config.train.channels_last:
+                images = {
+                    name: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+                    for name, x in images.items()
+                }
+            with autocast(self.config, self.device):
+                return self.forward(**images, stage=stage)
+
+        return self.slices.compute(forward, inputs)
 
     def _scores(self) -> list[Score]:
         assert self.test_pixels is not None
@@ -377,7 +390,8 @@ class Trainer:
         name, final = state.milestones[-1]
         rows += [(name, score) for score in final if score.protocol != main and not score.rerank]
         rows += [(f"{name} + {score.rerank}", score) for score in final if score.rerank]
-        checkpoint.write(self.folder / "results.md", (report.table(rows) + "\n").encode())
+        if distributed.is_main():
+            checkpoint.write(self.folder / "results.md", (report.table(rows) + "\n").encode())
         return rows
 
     def _save(self, name: str) -> None:
@@ -388,6 +402,8 @@ class Trainer:
                 f"epoch {state.epoch + 1}, step {state.step}: '{wrong[0]}' of the network is not finite. Checkpoints are as "
                 "they were; lower optim.lr or set optim.clip, or use train.precision=fp32, then go on with --resume"
             )
+        if not distributed.is_main():
+            return
         content: dict[str, Any] = {
             "config": to_dict(self.config),
             "network": self.network.state_dict(),
@@ -414,9 +430,10 @@ class Trainer:
 
     def _restore(self) -> None:
         """Go on from the folder's latest checkpoint."""
-        content, path = checkpoint.latest(self.folder)
-        if path.name != "last.pt":
-            checkpoint.set_damaged_aside(self.folder)
+        with distributed.one_first():  # what it sets aside, others do not find
+            content, path = checkpoint.latest(self.folder)
+            if path.name != "last.pt" and distributed.is_main():
+                checkpoint.set_damaged_aside(self.folder)
         try:
             self._take_over(content)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -99,14 +99,13 @@ def test_starting_from_the_middle_of_a_stage_is_refused(whole, sysu_tree, cache,
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_accumulation_in_parts_of_the_batch_norm_group_is_the_whole_batch(
+def test_a_batch_in_parts_has_the_losses_gradients_memories_and_statistics_of_the_whole(
     sysu_tree, cache, tmp_path, monkeypatch, stage
 ):
-    """Without GPCR, whose means are over the rows with a positive, of which parts of a batch have different numbers."""
     monkeypatch.setattr(Trainer, "_descend", lambda self: None)  # leaves the gradients to be compared
     results = []
     for parts in (1, 2):
-        chosen = ("model.bn_group=6", f"train.accumulate={parts}", "salcr.gpcr.enabled=false")
+        chosen = ("model.bn_group=6", f"train.accumulate={parts}")
         run = start(settings(sysu_tree, cache, *chosen), tmp_path / str(parts))
         run._label(stage, Phases(run.device))
         labels = run.state.labels
@@ -115,7 +114,8 @@ def test_accumulation_in_parts_of_the_batch_norm_group_is_the_whole_batch(
         run.network.train()
         terms = run._step(next(loader.batches(plan, labels, 0, ltg=False)), stage)
         gradients = {name: p.grad for name, p in run.network.named_parameters() if p.grad is not None}
-        results.append(terms | gradients | run.state.memories)
+        buffers = {f"{name} now": value for name, value in run.network.named_buffers()}
+        results.append(terms | gradients | buffers | run.state.memories)
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, atol=1e-4, rtol=1e-4, msg=name)
     assert any(value.abs().max() > 0.01 for value in results[0].values())

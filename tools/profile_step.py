@@ -44,7 +44,6 @@ from engine.config import Config
 from engine.data.loader import Batch
 from engine.errors import UserError, run_tool
 from engine.features import Features
-from engine.model.network import Output
 from engine.pair import Pair
 from engine.trainer import Trainer
 
@@ -254,8 +253,7 @@ def draw_features(run: Trainer, batch: Batch, shown: Tensor, people: Pair[Tensor
         shown: `[3s]` whom the rows of the batch show; people: `[N]` whom the images show.
     """
     stage = len(run.config.train.stages) - 1
-    parts = batch.split(run.config.train.accumulate)
-    output = Output.join([run._forward(stage, vis=part.vis, aug=part.aug, ir=part.ir) for part in parts])
+    output = run._forward(stage, **run.method.inputs(batch))
     count = int(max(map(torch.max, people))) + 1
 
     def around(rows: Tensor) -> Pair[Tensor]:

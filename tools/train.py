@@ -14,7 +14,7 @@ from pathlib import Path
 # To be said before torch loads: threads that spin while they wait cost tenfold where something else holds a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from engine import checkpoint, config, methods, report, runs
+from engine import checkpoint, config, distributed, methods, report, runs
 from engine.errors import command, run_tool
 from engine.stopping import Stopped
 from engine.trainer import Trainer
@@ -33,16 +33,23 @@ def main() -> int:
     )
     parser.add_argument("--out", metavar="DIR", default="", help="run folder (default: runs/<cfg>-seed<seed>)")
     arguments = parser.parse_args()
+    if arguments.resume and arguments.out:
+        parser.error("--out does not go with --resume: the run stays in its folder")
+    with distributed.joined():
+        return train(arguments)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """One run, alone or with the other processes that torchrun started."""
     if arguments.resume:
-        if arguments.out:
-            parser.error("--out does not go with --resume: the run stays in its folder")
         settings, folder = runs.reopen(arguments.resume, arguments.set)
     else:
         settings = config.load(arguments.cfg, arguments.set)
-        folder = runs.choose(settings, Path(arguments.cfg).stem, arguments.out)
+        folder = distributed.from_main(runs.choose(settings, Path(arguments.cfg).stem, arguments.out))
     try:
         trainer = Trainer(settings, folder, resume=bool(arguments.resume))
-        print(f"run folder: {folder}")
+        if distributed.is_main():
+            print(f"run folder: {folder}")
         rows = trainer.run()
     except Stopped as stop:
         if checkpoint.exists(folder):
@@ -54,11 +61,12 @@ def main() -> int:
                 "there is no checkpoint yet. What was drawn and decoded stays, what the network learned is lost; the same "
                 "command starts again"
             )
-        print(f"\nstopped; {remedy}", file=sys.stderr)
+        if distributed.is_main():
+            print(f"\nstopped; {remedy}", file=sys.stderr)
         return stop.code
-    print(
-        f"\n{report.table(rows)}\n\nin {folder}/results.md" if rows else f"\ndone; the network is in {folder}/last.pt"
-    )
+    if distributed.is_main():
+        results = f"\n{report.table(rows)}\n\nin {folder}/results.md"
+        print(results if rows else f"\ndone; the network is in {folder}/last.pt")
     return 0
 
 

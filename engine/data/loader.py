@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -39,38 +39,11 @@ class Batch:
     generator: torch.Generator
     texts: Pair[Tensor] | None = None
 
-    @property
-    def kinds(self) -> int:
-        """How many kinds of images there are."""
-        return 2 if self.aug is None else 3
-
     def labels(self, space: Modality) -> Tensor:
         """`[3s]` labels of the rows [vis; aug; ir] in one modality's label space; -1 where a row has none there."""
         cross = self.cross or self.own.map(lambda labels: torch.full_like(labels, -1))
         vis, ir = (self.own.vis, cross.ir) if space == "vis" else (cross.vis, self.own.ir)
         return torch.cat([vis, vis, ir])
-
-    def split(self, parts: int) -> list[Batch]:
-        """The batch in `parts` runs of rows, for gradient accumulation."""
-
-        def cut(rows: Tensor) -> tuple[Tensor, ...]:
-            return rows.chunk(parts)
-
-        def cut_pairs(rows: Pair[Tensor]) -> list[Pair[Tensor]]:
-            return [Pair(*halves) for halves in zip(*rows.map(cut), strict=True)]
-
-        own = cut_pairs(self.own)
-        none = [None] * len(own)
-        columns = {
-            "vis": cut(self.vis),
-            "aug": none if self.aug is None else cut(self.aug),
-            "ir": cut(self.ir),
-            "own": own,
-            "cross": cut_pairs(self.cross) if self.cross else none,
-            "texts": cut_pairs(self.texts) if self.texts else none,
-        }
-        rows = zip(*columns.values(), strict=True)
-        return [replace(self, **dict(zip(columns, row, strict=True))) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,12 +134,13 @@ class Method:
         return {}
 
 
-def view_inputs(views: Views) -> dict[str, Tensor]:
-    """What the network is called with to see two views of each image, with their captions."""
-    given = {"vis": views.first.vis, "aug": views.second.vis, "ir": torch.cat([views.first.ir, views.second.ir])}
+def view_inputs(views: Views) -> dict[str, Tensor | Sequence[Tensor]]:
+    """What the network is called with, by the trainer, to see two views of each image, with their captions."""
+    infrared = torch.cat([views.first.ir, views.second.ir])
+    given: dict[str, Tensor | Sequence[Tensor]] = {"vis": views.first.vis, "aug": views.second.vis, "ir": infrared}
     if views.texts:
         one, other = views.texts
-        given |= {"vis_text": torch.cat([one.vis, other.vis]), "ir_text": torch.cat([one.ir, other.ir])}
+        given |= {"vis_text": [one.vis, other.vis], "ir_text": torch.cat([one.ir, other.ir])}
     return given
 
 

@@ -12,7 +12,7 @@ from engine import config
 from engine.errors import UserError
 from engine.model import weights
 from engine.model.backbone import ARCHITECTURES, TwoStreamResNet
-from engine.model.norm import BatchNorm1d, set_groups
+from engine.model.norm import BatchNorm1d
 from engine.model.parts import PartHead
 from engine.model.pooling import GeM
 
@@ -22,7 +22,8 @@ class Output:
     """What a network gives for a batch. Rows: visible images, their augmented copies where there are any, infrared images.
 
     Attributes:
-        map: `[B, D, h, w]` feature map of a convolutional backbone, `[B, T, D]` tokens of a transformer.
+        map: `[B, D, h, w]` feature map of a convolutional backbone, `[B, T, D]` tokens of a transformer; empty of a batch
+            that was computed in slices (`engine.slices`), which do not exchange their maps.
         features: `[B, D]` float32 L2-normalised features.
         parts: `[N_p, Q, M, s, D]` float32 L2-normalised part features by part, kind of the query, kind of the map and image
             (`engine.model.parts`), or None.
@@ -37,24 +38,6 @@ class Output:
     fused: Tensor | None = None
     classes: Tensor | None = None
     content: Tensor | None = None
-
-    @staticmethod
-    def join(outputs: list[Output], kinds: int = 3) -> Output:
-        """Rows of micro-batches, in each those of one kind after the other, -> the whole batch's likewise, without gradient.
-
-        Class tokens and contents of captions, which losses alone look at, are left out.
-        """
-        if len(outputs) == 1:
-            return outputs[0]
-
-        def rows(parts: list[Tensor]) -> Tensor:
-            split = (part.detach().chunk(kinds) for part in parts)
-            return torch.cat([torch.cat(kind) for kind in zip(*split, strict=True)])
-
-        maps, features = rows([output.map for output in outputs]), rows([output.features for output in outputs])
-        parts = [output.parts.detach() for output in outputs if output.parts is not None]
-        fused = [output.fused for output in outputs if output.fused is not None]
-        return Output(maps, features, torch.cat(parts, dim=3) if parts else None, rows(fused) if fused else None)
 
 
 class Network(nn.Module):
@@ -78,8 +61,6 @@ class Network(nn.Module):
         self.pool = GeM()
         self.neck = BatchNorm1d(architecture.channels)
         self.neck.bias.requires_grad_(False)
-        self.bn_group = settings.bn_group
-        self.groups = 1
         # Last, so that the rest starts as it does without: one stage 1 serves them both.
         self.parts = PartHead(architecture.channels, parts, uneven_parts) if parts else None
         if settings.weights != "none":
@@ -93,20 +74,14 @@ class Network(nn.Module):
         From `stage` 1 on, the second one, there are part features, where the network has them: of one kind alone, each
         image's queries on its own map; of all three, those of the i-th images of the three on each other's maps.
 
-        In training with `model.bn_group = n`, groups of n images share BatchNorm statistics. A group is what one
-        of several devices would see: the same part of each kind of image.
-
-        Raises:
-            UserError: the batch cannot be divided into such groups.
+        In training BatchNorm takes its statistics of groups of images, as `norm.set_groups` says. A group is what one of
+        several devices would see: the same part of each kind of image.
         """
         given = {"vis": (vis, aug), "ir": (ir,)}
         streams = {stem: [x for x in images if x is not None] for stem, images in given.items()}
         streams = {stem: images for stem, images in streams.items() if images}
         sizes = [len(x) for images in streams.values() for x in images]
-        groups = self._group_count(sizes)
-        if groups != self.groups:
-            set_groups(self, groups)
-            self.groups = groups
+        groups = self.neck.groups if self.training else 1
         stems = {stem: _interleave(images, groups) for stem, images in streams.items()}
         if groups == 1:
             return self._embed(self.backbone(stems), len(sizes), stage)
@@ -132,19 +107,6 @@ class Network(nn.Module):
                 maps, features = maps[back], features[back]
             parts = self.parts(maps, kinds) if self.parts is not None and stage > 0 else None
             return Output(maps, features, parts)
-
-    def _group_count(self, sizes: list[int]) -> int:
-        total = sum(sizes)
-        if not self.training or not 0 < self.bn_group < total:
-            return 1
-        groups = total // self.bn_group
-        if total % self.bn_group or any(size % groups for size in sizes):
-            raise UserError(
-                f"model.bn_group: a batch of {' + '.join(map(str, sizes))} images cannot be divided into groups of "
-                f"{self.bn_group} with equal parts of each kind; choose a divisor of {total} that leaves them equal, "
-                f"for example {total // 2}"
-            )
-        return groups
 
 
 def _interleave(parts: list[Tensor], groups: int) -> Tensor:

@@ -297,15 +297,3 @@ def test_the_readings_set_the_switches_that_are_left_empty():
 def test_settings_out_of_range_are_refused_before_a_run_begins(override, message):
     with pytest.raises(UserError, match=re.escape(f"salcr.{message}")):
         build(f"salcr.{override}")
-
-
-def test_micro_batches_join_to_the_whole_batch():
-    generator = torch.Generator().manual_seed(4)
-    rows, maps = torch.randn(12, 5, generator=generator), torch.randn(12, 5, 2, 1, generator=generator)
-    parts = torch.randn(3, 3, 3, 4, 5, generator=generator)
-    halves = []
-    for i in (0, 2):
-        chosen = torch.cat([torch.arange(i, i + 2) + 4 * kind for kind in range(3)])
-        halves.append(Output(maps[chosen], rows[chosen], parts[:, :, :, i : i + 2]))
-    whole = Output.join(halves)
-    assert torch.equal(whole.map, maps) and torch.equal(whole.features, rows) and torch.equal(whole.parts, parts)

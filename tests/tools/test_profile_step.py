@@ -87,7 +87,7 @@ def test_modules_that_are_off_have_no_row(tmp_path):
     content, rows, _ = measure(tmp_path, "salcr.fgsal.enabled=false")
     assert not {("part head",), ("FGSAL",), ("GPCR", "parts")} & set(rows)
     assert [cost["what"] for cost in content["costs"]] == ["an image, whole"]
-    _, rows, _ = measure(tmp_path, "method.name=dcl", "train.accumulate=2")
+    _, rows, _ = measure(tmp_path, "method.name=dcl", "train.accumulate=2", "model.bn_group=6")
     assert {("cluster_contrast",), ("memory update",), ("backbone",)} < set(rows)
     _, rows, _ = measure(tmp_path, "salcr.dagl.enabled=false")
     assert ("cluster_contrast",) in rows and ("GPCR",) not in rows

@@ -1,0 +1,100 @@
+"""Batches in slices: how they are cut and joined, and that the result is that of the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_runs import settings
+from torch import nn
+
+from engine import distributed
+from engine.config import Config
+from engine.errors import UserError
+from engine.model.network import Network, Output
+from engine.slices import Slices
+
+BATCH = ("train.stages.0.images=4", "train.stages.1.images=4")  # 8 images of each kind
+
+
+def run_settings(tmp_path, *overrides: str) -> Config:
+    return settings(tmp_path, tmp_path, *BATCH, *overrides)
+
+
+def slices(tmp_path, *overrides: str) -> Slices:
+    loaded = run_settings(tmp_path, *overrides)
+    return Slices(Network(loaded.model), loaded)
+
+
+def test_runs_are_consecutive_and_as_equal_as_can_be():
+    assert distributed.cut(7, 3) == [slice(0, 3), slice(3, 5), slice(5, 7)]
+    assert distributed.cut(2, 3) == [slice(0, 1), slice(1, 2), slice(2, 2)]
+    assert distributed.cut(0, 1) == [slice(0, 0)]
+
+
+def test_shares_are_of_whole_blocks(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    assert distributed.shares(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert distributed.shares(3, 4) == [slice(0, 3), slice(3, 3), slice(3, 3)]
+
+
+def test_rows_of_slices_join_to_the_whole_batch(tmp_path):
+    """Also where kinds differ in size, where a slice is longer than the next, and with a sequence of pieces."""
+    generator = torch.Generator().manual_seed(4)
+    vis, ir = torch.randn(5, 3, generator=generator), torch.randn(10, 3, generator=generator)
+    text = [torch.arange(5), torch.arange(5, 10)]
+
+    def forward(vis, ir, vis_text):
+        rows = torch.cat([vis, ir])
+        assert torch.equal(vis_text[: len(vis)] + 5, vis_text[len(vis) :])
+        return Output(rows, rows, classes=torch.stack([rows, -rows]), fused=None)
+
+    cut = Slices(nn.Linear(1, 1), run_settings(tmp_path, "train.accumulate=3"))
+    whole = cut.compute(forward, {"vis": vis, "ir": ir, "vis_text": text})
+    rows = torch.cat([vis, ir])
+    assert torch.equal(whole.features, rows) and torch.equal(whole.classes, torch.stack([rows, -rows]))
+    assert len(whole.map) == 0 and whole.parts is None and whole.fused is None
+
+
+def test_what_a_part_draws_is_drawn_again_for_its_gradient(tmp_path):
+    layer, loaded = nn.Linear(3, 4), run_settings(tmp_path, "train.accumulate=2")
+
+    def forward(vis):
+        return Output(vis, nn.functional.dropout(layer(vis), 0.5))
+
+    output = Slices(layer, loaded).compute(forward, {"vis": torch.rand(6, 3)})
+    output.features.sum().backward()
+    assert torch.equal(layer.bias.grad, 2.0 * (output.features != 0).sum(0))
+
+
+def test_batches_that_slices_or_groups_cannot_divide_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"model\.bn_group: a batch of 8 \+ 8 \+ 8 images cannot be divided into groups of 5"
+    ):
+        slices(tmp_path, "model.bn_group=5")
+    with pytest.raises(
+        UserError, match=r"train\.accumulate=2: BatchNorm .* of 24 images of .* set model\.bn_group to 12 or"
+    ):
+        slices(tmp_path, "train.accumulate=2")
+    with pytest.raises(
+        UserError, match=r"of 8 \+ 8 \+ 8 images cannot be computed in 1 process, in 9 parts \(train\.accumu"
+    ):
+        slices(tmp_path, "train.accumulate=9")
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    with pytest.raises(UserError, match=r"groups of 12 of 8 \+ 8 \+ 8 images do not fit 3 processes; choose 0 for the"):
+        slices(tmp_path, "model.bn_group=12")
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    with pytest.raises(UserError, match=r"of 12 images of .* set model\.bn_group to 3 or a divisor"):
+        slices(tmp_path, "model.bn_group=12", "train.accumulate=2")
+    with pytest.raises(UserError, match=r"cannot be computed in 4 processes, each in 3 parts"):
+        slices(tmp_path, "train.accumulate=3")
+
+
+def test_groups_lie_in_slices_or_span_them(tmp_path, monkeypatch):
+    assert slices(tmp_path).groups([8, 8, 8]) == (1, 1)
+    assert slices(tmp_path, "model.bn_group=6", "train.accumulate=2").groups([8, 8, 8]) == (2, 1)
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    assert slices(tmp_path).groups([8, 8, 16]) == (1, 4)
+    assert slices(tmp_path, "model.bn_group=12").groups([8, 8, 8]) == (1, 2)
+    assert slices(tmp_path, "model.bn_group=3").groups([8, 8, 8]) == (2, 1)
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    assert slices(tmp_path).groups([8, 8, 8]) == (1, 3)
