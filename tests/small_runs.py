@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from engine import checkpoint, config
+from engine import checkpoint, config, methods
 from engine.config import Config
 from engine.data import captions
 from engine.trainer import Trainer
@@ -46,6 +46,16 @@ def write_settings(root: Path, cache: Path, path: Path) -> Path:
 def settings(root: Path, cache: Path, *overrides: str) -> Config:
     content = yaml.safe_load(SETTINGS.replace("ROOT", str(root)).replace("CACHE", str(cache)))
     return config.parse(config.override(content, overrides))
+
+
+def write_run(tree: Path, place: Path, seed: int, *overrides: str) -> Path:
+    """A run folder with a checkpoint of random weights, which tell people of the trees apart to some degree."""
+    loaded = settings(tree, place / "cache", *overrides)
+    torch.manual_seed(seed)
+    network = methods.find(loaded.method.name)(loaded).build()
+    place.mkdir(exist_ok=True)
+    checkpoint.save(place / "last.pt", {"network": network.state_dict(), "config": config.to_dict(loaded)})
+    return place
 
 
 def start(loaded: Config, folder: Path) -> Trainer:

@@ -80,7 +80,7 @@ class Network(nn.Module):
         given = {"vis": (vis, aug), "ir": (ir,)}
         streams = {stem: [x for x in images if x is not None] for stem, images in given.items()}
         streams = {stem: images for stem, images in streams.items() if images}
-        sizes = [len(x) for images in streams.values() for x in images]
+        sizes = [x.shape[0] for images in streams.values() for x in images]
         groups = self.neck.groups if self.training else 1
         stems = {stem: _interleave(images, groups) for stem, images in streams.items()}
         if groups == 1:

@@ -80,7 +80,7 @@ class VisionTransformer(nn.Module):
             inject: given a tap's tokens and number (0, 1, ...), what goes on to the next block in their place.
         """
         patches = self.patch_embedding(images * self.scale + self.shift).flatten(2).transpose(1, 2)
-        first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding)
         found: list[Tensor] = []
         for depth, layer in enumerate(self.layers, start=1):

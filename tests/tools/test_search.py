@@ -13,33 +13,21 @@ import pytest
 import torch
 import trees
 from PIL import Image
-from small_runs import FIRM, settings
+from small_runs import FIRM, write_run
 from torch.nn import functional as F
 
-from engine import checkpoint, data, index, search, trained
-from engine.config import to_dict
+from engine import data, index, search, trained
 from engine.data import folder
 from engine.data.dataset import Images
 from engine.errors import UserError
 from engine.evaluate import decode, evaluate_network
 from engine.features import extract
 from engine.index import Index
-from engine.methods import find
 from engine.pair import Pair
 from engine.rerank import Cmfp
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set")
-
-
-def write_run(tree: Path, place: Path, seed: int, *overrides: str) -> Path:
-    """A run folder with a checkpoint of random weights, which tell people of the trees apart to some degree."""
-    config = settings(tree, place / "cache", *overrides)
-    torch.manual_seed(seed)
-    network = find(config.method.name)(config).build()
-    place.mkdir(exist_ok=True)
-    checkpoint.save(place / "last.pt", {"network": network.state_dict(), "config": to_dict(config)})
-    return place
 
 
 @pytest.fixture(scope="module")
