@@ -146,19 +146,25 @@ class Search {
         of_queries_(of_queries),
         of_bank_(of_bank) {}
 
-  // The tasks, of up to kQueriesPerTask queries and one stripe of the bank, run in any order.
+  // The tasks, of up to kQueriesPerTask queries and one stripe of the bank, run in any order. It is such that the whole
+  // bank passes by a group of queries before the next group: of rows that are mapped and do not fit in memory, the bank is
+  // read once for a group, not all queries for a stripe.
   void run(int threads) {
     const Isa chosen = isa();
     const std::int64_t tasks_per_stripe = (query_count_ + kQueriesPerTask - 1) / kQueriesPerTask;
     const std::int64_t stripes = (bank_count_ + kStripe - 1) / kStripe;
     parallel_for(stripes * tasks_per_stripe, 1, threads, [&](std::int64_t task, std::int64_t) {
-      search(task / tasks_per_stripe * kStripe, task % tasks_per_stripe * kQueriesPerTask, chosen);
+      const std::int64_t first = task / (stripes * kTasksPerGroup) * kTasksPerGroup;
+      const std::int64_t size = std::min(kTasksPerGroup, tasks_per_stripe - first);
+      const std::int64_t place = task - first * stripes;
+      search(place / size * kStripe, (first + place % size) * kQueriesPerTask, chosen);
     });
   }
 
  private:
   static constexpr std::int64_t kRows = BlockSize::kRows;
   static constexpr std::int64_t kStripe = BlockSize::kColumns;
+  static constexpr std::int64_t kTasksPerGroup = 16;
 
   // Queries from first_query on against the stripe of the bank that starts at first_row.
   void search(std::int64_t first_row, std::int64_t first_query, Isa chosen) {
