@@ -70,8 +70,10 @@ PHASES = (
     "losses of a step",
     "evaluation",
 )
-SQUARED = ("k-NN", "CMFP", "association", "evaluation")
-"""Phases that compare pairs."""
+SQUARED = ("k-NN", "CMFP", "association", "label scores", "evaluation")
+"""Phases whose time grows with pairs: of images, of images and people, of clusters and people."""
+BOUNDED = ("association", "evaluation")
+"""Phases whose memory grows to a bound, the size of a block: no law of it holds beyond the sizes measured."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ def tables(facts: dict[str, str], points: Sequence[Point]) -> str:
         counts = sorted({point.count for point in own})
         parts.append(f"### Features of width {width}")
         parts.append(_growth("seconds of a core", own, counts, lambda point: point.cpu, duration))
-        parts.append(_growth("memory", own, counts, lambda point: float(max(point.memory, 1)), size, squared=False))
+        parts.append(_growth("memory", own, counts, lambda point: float(max(point.memory, 1)), size, in_time=False))
     return "\n\n".join(parts)
 
 
@@ -284,25 +286,20 @@ def _growth(
     cost: Callable[[Point], float],
     text: Callable[[float], str],
     *,
-    squared: bool = True,
+    in_time: bool = True,
 ) -> str:
     body = []
     for phase in dict.fromkeys(point.phase for point in points):
         found = {point.count: cost(point) for point in points if point.phase == phase}
-        law = fit(list(found.items()), squared and phase in SQUARED)
+        cells = [phase, *(text(found[count]) if count in found else "" for count in counts)]
+        if not in_time and phase in BOUNDED:
+            body.append([*cells, "", "bounded", "", "", ""])
+            continue
+        law = fit(list(found.items()), in_time and phase in SQUARED)
         factors = {"": law.constant, " m": law.linear * MILLION, " m^2": law.squared * MILLION**2}
         terms = [text(factor) + power for power, factor in factors.items() if factor]
-        body.append(
-            (
-                phase,
-                *(text(found[count]) if count in found else "" for count in counts),
-                f"{law.exponent:.2f}",
-                " + ".join(terms),
-                f"{law.r2:.3f}",
-                f"{law.residual:.0%}",
-                text(law.million),
-            )
-        )
+        fitted = [f"{law.exponent:.2f}", " + ".join(terms), f"{law.r2:.3f}", f"{law.residual:.0%}", text(law.million)]
+        body.append([*cells, *fitted])
     heads = (title, *map(str, counts), "exponent", "law, m = N / 10^6", "R^2", "worst", "at 10^6")
     return table(heads, body)
 
@@ -335,6 +332,9 @@ def parse(given: list[str]) -> argparse.Namespace:
         "--widths", nargs="+", type=int, default=(2048, 256), metavar="D", help="of features; 2048, 256"
     )
     parser.add_argument("--patience", type=float, default=60.0, metavar="SECONDS", help="of a core, for a phase; 60")
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE", help="measure nothing: fit what this JSON file holds anew"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the tables between the marks of this file")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -364,11 +364,16 @@ def main(given: list[str] | None = None) -> int:
         "load at start": f"{os.getloadavg()[0]:.1f} of {os.cpu_count()} cores",
         "torch": torch.__version__,
     }
+    points: list[Point] = []
+    if arguments.again:
+        kept = json.loads(arguments.again.read_text())
+        facts, points = kept["facts"], [Point(**point) for point in kept["points"]]
     before = arguments.markdown and between_marks(
         arguments.markdown.read_text(), ""
     )  # a file without marks is said now
-    points = measure(arguments.counts, arguments.widths, arguments.patience)
-    facts["load at end"] = f"{os.getloadavg()[0]:.1f}"
+    if not points:
+        points = measure(arguments.counts, arguments.widths, arguments.patience)
+        facts["load at end"] = f"{os.getloadavg()[0]:.1f}"
     text = tables(facts, points)
     print(text)
     if arguments.json:
@@ -383,8 +388,10 @@ def _laws(points: Sequence[Point]) -> Iterable[dict[str, Any]]:
     for phase, width in dict.fromkeys((point.phase, point.width) for point in points):
         own = [point for point in points if (point.phase, point.width) == (phase, width)]
         seconds = fit([(point.count, point.cpu) for point in own], phase in SQUARED)
-        memory = fit([(point.count, max(1, point.memory)) for point in own], False)
-        yield {"phase": phase, "width": width, "cpu": asdict(seconds), "memory": asdict(memory)}
+        memory = (
+            None if phase in BOUNDED else asdict(fit([(point.count, max(1, point.memory)) for point in own], False))
+        )
+        yield {"phase": phase, "width": width, "cpu": asdict(seconds), "memory": memory}
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ def test_tables_go_between_the_marks_and_the_rest_stays(tmp_path, monkeypatch, c
     assert text.split(scale.MARKS[0])[1].split(scale.MARKS[1])[0].strip() == capsys.readouterr().out.strip()
     content = json.loads(numbers.read_text())
     assert content["points"][0]["wall"] == 2 and not math.isnan(content["laws"][0]["cpu"]["million"])
+    monkeypatch.setattr(scale, "_in_child", None)
+    page.write_text(text.replace("| CMFP |", "| nothing |"))
+    scale.main(["--again", str(numbers), "--markdown", str(page)])
+    assert page.read_text() == text
     page.write_text("no marks")
     with pytest.raises(UserError, match="--markdown: the file must hold the lines"):
         scale.main(["--markdown", str(page)])
