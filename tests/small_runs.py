@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -75,6 +76,32 @@ def interrupted_after(steps: int) -> Iterator[None]:
 
     with mock.patch.object(Trainer, "_step", interrupted):
         yield
+
+
+class Inside:
+    """A run's process to `tools/experiments.py`, without the seconds that a new interpreter takes."""
+
+    started: list[str]
+    failing: tuple[str, ...]
+
+    def __init__(self, run: Any, threads: int) -> None:
+        name = run.folder.name
+        Inside.started.append(name)
+        self.returncode = 0
+        try:
+            with redirect_stdout(io.StringIO()):
+                Trainer(run.config, run.folder, resume=(run.folder / "last.pt").exists()).run()
+            if name in Inside.failing:
+                raise RuntimeError("made to fail")
+        except KeyboardInterrupt:
+            self.returncode = 130
+        except RuntimeError as error:
+            (run.folder / "results.md").unlink()
+            (run.folder / "output.txt").write_text(f"a line\n{error}\n")
+            self.returncode = 1
+
+    def poll(self) -> int:
+        return self.returncode
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -10,43 +10,24 @@ same, is a run of its own that the others start from.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 # To be said before torch loads: threads that spin while they wait cost tenfold where something else holds a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import experiments
-from ablate_tables import TABLES, Numbers, Table
+from ablate_tables import TABLES, Table
 from experiments import Run
+from score_table import Line, comma_separated, latex, markdown, published
 
-from engine import config, data, report
+from engine import config, data
 from engine.config import Config
 from engine.errors import UserError, run_tool
-from engine.evaluate import Score
-
-METRICS = ("R1", "mAP", "mINP")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the printed table.
-
-    Attributes:
-        label: of its row, its re-ranking, and how many seeds it has where some failed.
-        scores: one per protocol shown, mean and standard deviation over seeds; none where all failed.
-        paper: the paper's numbers, three per protocol.
-    """
-
-    label: str
-    scores: list[Score]
-    paper: Numbers
 
 
 def main() -> int:
@@ -72,7 +53,7 @@ def main() -> int:
     rows = plan(table, arguments.cfg, arguments.set, seeds, Path(arguments.out))
     try:
         failed = experiments.train([run for row in rows for run in row], arguments.jobs)
-        lines = collect(table, rows, failed, protocols, _papers_data(base))
+        lines = collect(table, rows, failed, protocols, published(base))
     except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on with it", file=sys.stderr)
         return getattr(stop, "code", 130)
@@ -137,43 +118,6 @@ def collect(
     return lines
 
 
-def markdown(lines: Sequence[Line], protocols: Sequence[str]) -> str:
-    """The table in the paper's layout."""
-    return report.markdown([["", *_columns(protocols)], *([line.label, *_cells(line, protocols)] for line in lines)])
-
-
-def latex(lines: Sequence[Line], protocols: Sequence[str]) -> str:
-    """A `tabular` in the style of booktabs."""
-    heads = " & ".join(f"\\multicolumn{{{len(METRICS)}}}{{c}}{{{protocol}}}" for protocol in protocols)
-    rows = [[line.label, *_cells(line, protocols)] for line in lines]
-    body = [" & ".join(row).replace("_", r"\_").replace("^", r"\^{}").replace("±", r"$\pm$") + r" \\" for row in rows]
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{l{'r' * len(METRICS) * len(protocols)}}}",
-            r"\toprule",
-            rf" & {heads} \\",
-            rf" & {' & '.join(METRICS * len(protocols))} \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
-
-
-def comma_separated(lines: Sequence[Line], protocols: Sequence[str]) -> str:
-    """One number per line, for programs."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "protocol", "metric", "mean", "std", "runs", "paper"])
-    for line in lines:
-        for i, score in enumerate(line.scores):
-            for name, paper in zip(METRICS, _paper(line, i), strict=True):
-                numbers = score.values[name], score.spread[name], score.trials, paper
-                writer.writerow([line.label, score.protocol, name, *numbers])
-    return text.getvalue().rstrip()
-
-
 def _check(base: Config, method: str) -> list[str]:
     """The protocols that the tables show, or a `UserError` where nothing could be trained or scored."""
     if base.method.name != method:
@@ -188,11 +132,6 @@ def _check(base: Config, method: str) -> list[str]:
     return [protocol.name for protocol in dataset.protocols if "multi-shot" not in protocol.name]
 
 
-def _papers_data(base: Config) -> str:
-    """The data set whose published numbers may stand beside ours."""
-    return "" if base.data.also or base.data.split != "test" else base.data.name
-
-
 def _explain(seeds: range, lines: Sequence[Line]) -> str:
     """What the numbers are."""
     if len(seeds) > 1:
@@ -204,27 +143,6 @@ def _explain(seeds: range, lines: Sequence[Line]) -> str:
     if any("CMFP(te)" in line.label for line in lines):
         text += ". CMFP(te) looks at all queries at once: compare such rows with each other only"
     return f"{text}."
-
-
-def _columns(protocols: Sequence[str]) -> list[str]:
-    return [f"{protocol} {METRICS[0]}" if i == 0 else name for protocol in protocols for i, name in enumerate(METRICS)]
-
-
-def _paper(line: Line, protocol: int) -> Numbers:
-    begin = len(METRICS) * protocol
-    return tuple(line.paper[i] if i < len(line.paper) else None for i in range(begin, begin + len(METRICS)))
-
-
-def _cells(line: Line, protocols: Sequence[str]) -> list[str]:
-    if not line.scores:
-        return ["failed"] * (len(METRICS) * len(protocols))
-    return [
-        f"{score.values[name]:.2f}"
-        + (f" ± {score.spread[name]:.2f}" if score.trials > 1 else "")
-        + (f" ({paper:.2f})" if paper is not None else "")
-        for i, score in enumerate(line.scores)
-        for name, paper in zip(METRICS, _paper(line, i), strict=True)
-    ]
 
 
 if __name__ == "__main__":

@@ -129,6 +129,13 @@ def scores(run: Run, rerank: Sequence[str] = ()) -> list[Score]:
     return [Score(**score) for score in known[key]]
 
 
+def best_scores(run: Run) -> list[Score]:
+    """The scores of a finished run's best epoch, as `best.pt` is chosen: by the main protocol's mAP on the test images."""
+    rows = [json.loads(line)["scores"] for line in _lines(run.folder / "metrics.jsonl")]
+    best = max((scores for scores in rows if scores), key=lambda scores: scores[0]["values"]["mAP"])
+    return [Score(**score) for score in best]
+
+
 def average(found: Sequence[Sequence[Score]]) -> list[Score]:
     """Mean and population standard deviation over runs, of the scores of each; `trials` counts the runs."""
     return [

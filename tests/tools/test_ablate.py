@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import interrupted_after, metrics, write_settings
+from small_runs import Inside, interrupted_after, metrics, write_settings
 
 from engine import checkpoint, config
 from engine.errors import UserError
@@ -24,6 +22,7 @@ sys.path.insert(0, str(TOOLS))
 
 import ablate
 import experiments
+import score_table
 from ablate_tables import SALCR, TABLES, Row, Table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels")
@@ -45,32 +44,6 @@ NEIGHBOURS = Table(
     shows=("CMFP(te)",),
     rerank=("cmfp:2", "cmfp:20"),
 )
-
-
-class Inside:
-    """A run's process, without the seconds that a new interpreter takes."""
-
-    started: list[str]
-    failing: tuple[str, ...]
-
-    def __init__(self, run, threads):
-        name = run.folder.name
-        Inside.started.append(name)
-        self.returncode = 0
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                Trainer(run.config, run.folder, resume=(run.folder / "last.pt").exists()).run()
-            if name in Inside.failing:
-                raise RuntimeError("made to fail")
-        except KeyboardInterrupt:
-            self.returncode = 130
-        except RuntimeError as error:
-            (run.folder / "results.md").unlink()
-            (run.folder / "output.txt").write_text(f"a line\n{error}\n")
-            self.returncode = 1
-
-    def poll(self):
-        return self.returncode
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +111,7 @@ def test_neighbours_at_test_time_are_scored_on_the_one_run_and_kept(copied, star
     for k in (2, 20):
         row = next(line for line in shown.splitlines() if line.startswith(f"| CMFP(te), k_te = {k} "))
         two = [s for s in expected if s.rerank == f"CMFP(te) k={k}" and "single-shot" in s.protocol]
-        numbers = [f"{score.values[name]:.2f}" for score in two for name in ablate.METRICS]
+        numbers = [f"{score.values[name]:.2f}" for score in two for name in score_table.METRICS]
         assert [cell.strip() for cell in row.split("|")[2:-1]] == numbers
     monkeypatch.setattr(experiments, "evaluate_checkpoint", None)
     assert call("--table", "neighbours", "--seeds", 1, "--out", copied) == 0
