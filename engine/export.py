@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -62,7 +63,6 @@ def export(
     """Write the network, and `<path>.json`, which describes it; neither where the file computes something else.
 
     Args:
-        trained: its network is moved to the CPU and needs no gradient afterwards.
         kind: "onnx", or "torch" for torch.export's .pt2.
 
     Returns:
@@ -78,10 +78,12 @@ def export(
         raise UserError(f"--out {path}: there is no folder {path.absolute().parent}; make it, or choose another place")
     if kind == "onnx":
         _need_packages()
+    network: Any = copy.deepcopy(trained.network).cpu()
     if trained.reads_captions:
         warnings.warn("the network was trained with captions, which the exported one does not read", stacklevel=2)
+        network.prompts = None  # or the file would carry the text encoder
     height, width = trained.config.data.size
-    module = Exported(trained.network.cpu(), modalities, mirror).eval().requires_grad_(False)
+    module = Exported(network, modalities, mirror).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> tuple[Tensor, ...]:

@@ -26,6 +26,8 @@ from engine.trained import Trained
 
 SUFFIXES = (".npz", ".safetensors")
 COLUMNS = {"features": np.float32, "ids": np.int64, "cams": np.int64}
+NEEDED = {"checkpoint", "preprocessing", "modality", "mirror", "images"}
+"""What a search must know of features."""
 
 
 @dataclass(frozen=True)
@@ -215,13 +217,17 @@ def load(path: Path) -> Index:
             f"{path}: not a file of features ({type(error).__name__}: {error}); make it by tools/extract.py"
         ) from error
     features = rows["features"]
-    if not isinstance(about, dict) or features.ndim != 2 or not len(features):
+    if not isinstance(about, dict) or not about.keys() >= NEEDED:
+        raise UserError(f"{path}: not a file of features: its 'about' lacks some of {', '.join(sorted(NEEDED))}")
+    if features.ndim != 2 or not len(features):
         raise UserError(
             f"{path}: not a file of features: expected features [N, D] with N > 0, got {list(features.shape)}"
         )
     if {len(paths), *(len(column) for column in rows.values())} != {len(features)}:
         counts = {"paths": len(paths)} | {name: len(column) for name, column in rows.items()}
         raise UserError(f"{path}: damaged: its columns have different lengths ({counts}); make it again")
+    if not np.isfinite(features).all():
+        raise UserError(f"{path}: damaged: features that are NaN or infinite; make it again")
     return Index(torch.from_numpy(features), Images(tuple(paths), rows["ids"], rows["cams"]), about)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -155,7 +156,8 @@ def _sorted_lists(faiss: Any, gallery: Index, lists: int, file: Path | None) -> 
     made_of = hashlib.sha256(json.dumps([gallery.about, len(gallery), lists]).encode()).hexdigest()[:12]
     kept = file.with_name(f"{file.stem}-ivf{lists}-{made_of}.faiss") if file else None
     if kept and kept.is_file():
-        return faiss.read_index(str(kept))
+        with contextlib.suppress(RuntimeError):  # a damaged file is made again
+            return faiss.read_index(str(kept))
     rows = gallery.features.numpy()
     engine = faiss.IndexIVFFlat(faiss.IndexFlatIP(rows.shape[1]), rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
     engine.train(rows)
@@ -174,7 +176,8 @@ def _sorted_lists(faiss: Any, gallery: Index, lists: int, file: Path | None) -> 
 def names(images: Images) -> list[str]:
     """The images' paths from the folder on that they have in common, printable."""
     folder = os.path.commonpath([os.path.dirname(path) for path in images.paths])
-    return [os.path.relpath(path, folder).encode(errors="replace").decode() for path in images.paths]
+    relative = (os.path.relpath(path, folder) for path in images.paths)
+    return ["".join(letter if letter.isprintable() else "?" for letter in path) for path in relative]
 
 
 def sheet(query: Images, gallery: Images, found: Sequence[Found]) -> Image.Image:

@@ -20,6 +20,7 @@ from engine import checkpoint, index, report, search, trained
 from engine.data import folder
 from engine.errors import UserError, run_tool
 from engine.index import Index
+from engine.rerank import Aim
 from engine.search import Found
 from engine.trained import Trained
 
@@ -89,7 +90,8 @@ def main() -> int:
     label = "exact, by cosine similarity"
     if arguments.rerank:
         reranker = network.config.evaluate.rerank.parse(arguments.rerank)
-        nearest, label = search.reranked(gallery, reranker, network.device), f"re-ranked: {reranker.label}"
+        nearest, label = search.reranked(gallery, reranker, network.device), f"re-ranked by {reranker.label}"
+        label += "" if isinstance(reranker, Aim) else ", which looks at all queries at once"
     elif arguments.faiss:
         file = Path(arguments.index) if arguments.index else None
         nearest, label = search.approximate(gallery, arguments.faiss, file), f"FAISS {arguments.faiss}"

@@ -164,7 +164,7 @@ def _decode_one(path: str, size: tuple[int, int]) -> np.ndarray | str:
         return f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels (data.max_pixels)"
     except Exception as error:  # noqa: BLE001  Pillow's decoders raise much more than OSError on damaged files
         empty = os.path.exists(path) and os.path.getsize(path) == 0
-        reason = "is empty" if empty else str(error) or type(error).__name__
+        reason = "is empty" if empty else getattr(error, "strerror", None) or str(error) or type(error).__name__
         return f"{path}: {reason}"
 
 

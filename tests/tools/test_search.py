@@ -57,7 +57,7 @@ def tool(monkeypatch, capsys):
 
 def unit(rows: torch.Tensor, ids: list[int], cams: list[int]) -> Index:
     images = Images(tuple(f"/nowhere/{i}.png" for i in range(len(ids))), np.array(ids), np.array(cams))
-    return Index(F.normalize(rows), images, {"modality": "vis", "mirror": True})
+    return Index(F.normalize(rows), images, dict.fromkeys(index.NEEDED))
 
 
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])
@@ -145,7 +145,9 @@ def test_files_that_are_no_features_are_refused(network, tmp_path):
         ({"ids": np.zeros(2, np.int64)}, "damaged: its columns have different lengths"),
         ({"features": np.zeros((0, 3), np.float32)}, r"expected features \[N, D\] with N > 0"),
         ({"features": np.array([None], object)}, "not a file of features"),
+        ({"features": np.full((3, 3), np.nan, np.float32)}, "damaged: features that are NaN or infinite"),
         ({"about": np.array("[")}, "not a file of features"),
+        ({"about": np.array("{}")}, "its 'about' lacks some of checkpoint, images, mirror"),
     ]
     for change, message in cases:
         np.savez(path, **(columns | change))
@@ -164,11 +166,15 @@ def test_files_that_are_no_features_are_refused(network, tmp_path):
 
 def test_names_of_any_bytes_survive(tmp_path):
     pytest.importorskip("safetensors")
-    strange = Index(torch.eye(2), Images(("/a/\udcff.png", "/a/ä\n.png"), np.array([1, -1]), np.array([2, -1])), {})
+    strange = Index(
+        torch.eye(2),
+        Images(("/a/\udcff.png", "/a/ä\n.png"), np.array([1, -1]), np.array([2, -1])),
+        dict.fromkeys(index.NEEDED),
+    )
     for ending in index.SUFFIXES:
         index.save(tmp_path / f"file{ending}", strange)
         assert index.load(tmp_path / f"file{ending}").images.paths == strange.images.paths
-    assert search.names(strange.images) == ["?.png", "ä\n.png"]
+    assert search.names(strange.images) == ["?.png", "ä?.png"]
 
 
 def test_without_safetensors_the_other_format_is_named(tmp_path, monkeypatch):
@@ -200,6 +206,7 @@ def test_the_right_person_comes_first_at_the_rate_that_the_evaluation_reports(
         arguments = ["--query", queries, "--gallery", gallery, "-k", 1, "--rule", protocol.rule]
         arguments += ["--json", tmp_path / "found.json", *(["--rerank", rerank] if rerank else [])]
         out = tool("search.py", run, *arguments)
+        assert ("all queries at once" in out) == bool(rerank)
         found = json.loads((tmp_path / "found.json").read_text())
         assert f"% of {found['queries_with_a_match']} queries with a match (R1)" in out
         right, known = right + found["first_right"], known + found["queries_with_a_match"]
@@ -249,10 +256,14 @@ def test_faiss_finds_the_same(tmp_path):
     file = tmp_path / "gallery.npz"
     for kind, kept in (("flat", 0), ("ivf:4,4", 1), ("ivf:4,4", 1), ("ivf", 2)):
         found = search.search(query, gallery, 3, search.approximate(gallery, kind, file))
-        assert len(list(tmp_path.glob("gallery-ivf*.faiss"))) == kept
+        files = list(tmp_path.glob("gallery-ivf*.faiss"))
+        assert len(files) == kept
         if kind != "ivf":
             assert [matches.rows.tolist() for matches in found] == [matches.rows.tolist() for matches in expected]
         assert [matches.rows[0] for matches in found] == list(range(5))
+    for damaged in files:
+        damaged.write_bytes(b"nothing")
+    assert search.search(query, gallery, 3, search.approximate(gallery, "ivf:4,4", file))[0].rows[0] == 0
 
 
 def test_faiss_that_is_absent_or_asked_for_wrongly_is_named(monkeypatch):
