@@ -28,7 +28,7 @@ def run_tool(main: Callable[[], int]) -> None:
     Ctrl-C and SIGTERM raise `stopping.Stopped` in `main`.
     """
     keep_freed_memory()
-    faulthandler.enable()  # says where, when a disk that a file is mapped from fails
+    faulthandler.enable(2)  # says where, when a disk that a file is mapped from fails
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         with stopping.graceful():

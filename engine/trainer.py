@@ -275,6 +275,7 @@ class Trainer:
                 number = distributed.largest(stopping.waiting())
                 if number:  # all processes stop behind the same step, whichever was told to
                     raise stopping.Stopped(number)
+        self._check_network()
 
     def _plan(self, settings: Stage, epoch: int) -> Iterator[Pair[np.ndarray]]:
         """The rows of every batch of an epoch."""
@@ -396,12 +397,7 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         state = self.state
-        wrong = [name for name, value in self.network.state_dict().items() if not value.isfinite().all()]
-        if wrong:
-            raise UserError(
-                f"epoch {state.epoch + 1}, step {state.step}: '{wrong[0]}' of the network is not finite. Checkpoints are as "
-                "they were; lower optim.lr or set optim.clip, or use train.precision=fp32, then go on with --resume"
-            )
+        self._check_network()
         if not distributed.is_main():
             return
         content: dict[str, Any] = {
@@ -427,6 +423,15 @@ class Trainer:
         checkpoint.save(self.folder / name, content, keep=self.folder / "previous.pt" if latest else None)
         if latest:
             self.saved = state.epoch, state.step
+
+    def _check_network(self) -> None:
+        """Raise a `UserError` for weights that are not finite, though the losses before them were."""
+        wrong = [name for name, value in self.network.state_dict().items() if not value.isfinite().all()]
+        if wrong:
+            raise UserError(
+                f"epoch {self.state.epoch + 1}, step {self.state.step}: '{wrong[0]}' of the network is not finite. Checkpoints "
+                "are as they were; lower optim.lr or set optim.clip, or use train.precision=fp32, then go on with --resume"
+            )
 
     def _restore(self) -> None:
         """Go on from the folder's latest checkpoint."""
