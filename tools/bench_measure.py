@@ -451,7 +451,7 @@ def apart(case: Case, index: int, contender: Contender, settings: Settings) -> t
         context = multiprocessing.get_context("spawn")
         with environment_set(environment), ProcessPoolExecutor(1, mp_context=context) as pool:
             seconds, memory = pool.submit(in_child, case.op, index, contender.name, settings, file).result()
-        return seconds, memory, torch.load(file, map_location=settings.device) if file else None
+        return seconds, memory, torch.load(file, map_location=settings.device, weights_only=True) if file else None
 
 
 @contextmanager

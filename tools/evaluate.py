@@ -82,32 +82,32 @@ def _score_arrays(path: Path, rule: str, rerank: Sequence[str]) -> list[Score]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(np.ascontiguousarray(file[name])) for name in file.files}
-    except (ValueError, OSError, TypeError) as error:
+    except Exception as error:  # damaged archives fail in many ways
         raise UserError(f"--arrays {path}: not an .npz file of plain arrays ({error})") from error
     missing = {"query_features", "gallery_features"} - arrays.keys()
     if missing and (rerank or "distance" not in arrays):
         needed = " and ".join(sorted(missing))
         needed = f"{needed} to re-rank" if rerank else f"'distance', or {needed}"
         raise UserError(f"--arrays {path}: needs {needed}; has {list(arrays)}")
-    features = [] if missing else _features(path, arrays["query_features"], arrays["gallery_features"])
-    if "distance" not in arrays:
-        arrays["distance"] = trial_distance(*features, None)
-    names = ["query_ids", "gallery_ids", "query_cams", "gallery_cams"]
-    if rule == "plain":
-        arrays = {"query_cams": torch.zeros_like(arrays.get("query_ids", torch.zeros(0))), **arrays}
-        arrays = {"gallery_cams": torch.zeros_like(arrays.get("gallery_ids", torch.zeros(0))), **arrays}
-    for name in names:
-        if name not in arrays:
-            raise UserError(f"--arrays {path}: needs '{name}' for --rule {rule}; has {list(arrays)}")
-    columns = [arrays[name].long() for name in names]
-    ids, cams = (columns[0], columns[1]), (columns[2], columns[3])
     try:
+        features = [] if missing else _features(path, arrays["query_features"], arrays["gallery_features"])
+        if "distance" not in arrays:
+            arrays["distance"] = trial_distance(*features, None)
+        names = ["query_ids", "gallery_ids", "query_cams", "gallery_cams"]
+        if rule == "plain":
+            arrays = {"query_cams": torch.zeros_like(arrays.get("query_ids", torch.zeros(0))), **arrays}
+            arrays = {"gallery_cams": torch.zeros_like(arrays.get("gallery_ids", torch.zeros(0))), **arrays}
+        for name in names:
+            if name not in arrays:
+                raise UserError(f"--arrays {path}: needs '{name}' for --rule {rule}; has {list(arrays)}")
+        columns = [arrays[name].long() for name in names]
+        ids, cams = (columns[0], columns[1]), (columns[2], columns[3])
         scores = [summary(path.name, "", [score(arrays["distance"], ids, cams, rule)])]
         for reranker in rerankers:
             clock = Phases(torch.device("cpu"))
             trial = score(trial_distance(*features, reranker, clock), ids, cams, rule)
             scores.append(summary(path.name, reranker.label, [trial], clock))
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(f"--arrays {path}: {error}") from error
     return scores
 
