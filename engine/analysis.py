@@ -521,20 +521,19 @@ def sizes(records: Sequence[Record]) -> Chart:
     return Chart("sizes of the last clusters", "clusters", names, lines, "images in a cluster", steps=True)
 
 
-def events(record: Record) -> list[Bars]:
+def events(record: Record) -> list[Chart | Bars]:
     """What happened to FIRM's memory: clusters that came and went, updates that it accepted and rejected."""
     rows = [row for row in record.epochs if EVENTS[0] in row["labels"]]
     if not rows:
         _demand_epochs([record])
-        raise UserError(f"{record.name}: its method ({_method(record)}) has no memory that evolves, and so no events")
+        raise UserError(f"its method ({_method(record)}) has no memory that evolves, and so no events")
     epochs = [row["epoch"] for row in rows]
-
-    def parts(*names: str) -> dict[str, list[float]]:
-        return {name: [row["labels"][name] for row in rows] for name in names}
-
+    values = {name: [row["labels"][name] for row in rows] for name in EVENTS}
+    updates = {name: values.pop(name) for name in ("accepted", "rejected")}
+    lines = [Line(0, name, epochs, counts) for name, counts in values.items()]
     return [
-        Bars("clusters of the memory", "events", epochs, parts("births", "merges", "splits", "retirements")),
-        Bars("updates of the memory", "images", epochs, parts("accepted", "rejected")),
+        Chart("clusters of the memory", "events", (record.name,), lines, log=True),  # at first all of them are born
+        Bars("updates of the memory", "images", epochs, updates),
     ]
 
 
@@ -577,9 +576,7 @@ class _Charts:
 
 def _demand_epochs(records: Sequence[Record]) -> None:
     if not any(record.epochs for record in records):
-        raise UserError(
-            f"{', '.join(record.name for record in records)}: no epoch is finished (metrics.jsonl is empty)"
-        )
+        raise UserError("no epoch is finished (metrics.jsonl is empty, or not there)")
 
 
 def _method(record: Record) -> str:

@@ -56,17 +56,18 @@ def demand_matplotlib() -> None:
         raise UserError('pictures need matplotlib, which is not installed; run: pip install -e ".[viz]"')
 
 
-def draw(found: Any) -> Any:
-    """The figure of whatever `engine.analysis` found: one of its classes, or a list of charts."""
+def draw(found: Any, titled: bool = True) -> Any:
+    """The figure of whatever `engine.analysis` found: one of its classes, or a list of charts.
+
+    Args:
+        titled: whether its caption stands above the figure; charts and distances have titles anyhow.
+    """
     if isinstance(found, list):
         return charts(found)
-    kinds: dict[type, Callable[[Any], Any]] = {
-        Rankings: rankings,
-        Embedding: embedding,
-        Distances: distances,
-        Attention: attention,
-    }
-    return kinds[type(found)](found)
+    if isinstance(found, Distances):
+        return distances(found)
+    kinds: dict[type, Callable[[Any, str], Any]] = {Rankings: rankings, Embedding: embedding, Attention: attention}
+    return kinds[type(found)](found, found.caption if titled else "")
 
 
 def encode(figure: Any, kind: str, dpi: int = 150) -> bytes:
@@ -85,12 +86,12 @@ def encode(figure: Any, kind: str, dpi: int = 150) -> bytes:
     return content.getvalue()
 
 
-def rankings(found: Rankings) -> Any:
+def rankings(found: Rankings, title: str = "") -> Any:
     """Queries, framed in black, and their answers: right ones in a solid frame with a tick, wrong ones in a dashed one, crossed."""
     columns = 1 + max(len(one.answers) for one in found.lists)
     step, height = (1.12, 2.5)
     width = 1.5 + (columns - 1) * step
-    figure, axes = _canvas(width, height * len(found.lists) + 0.05, 0.78, _wrapped(found.caption, width * 0.78))
+    figure, axes = _canvas(width, height * len(found.lists) + 0.05, 0.78, _wrapped(title, width * 0.78))
     for row, one in enumerate(found.lists):
         top = 0.25 + row * height
         axes.imshow(_pixels(one.query), extent=(0.1, 1.1, top + 2, top), aspect="auto", interpolation="bilinear")
@@ -107,12 +108,12 @@ def rankings(found: Rankings) -> Any:
     return figure
 
 
-def embedding(found: Embedding) -> Any:
+def embedding(found: Embedding, title: str = "") -> Any:
     """Identities by colour and number, modalities by mark."""
     with _style():
         from matplotlib.patheffects import withStroke
 
-        figure = _figure(6, 5.4)
+        figure = _figure(5, 4.5)
         axes = figure.add_subplot()
         for number, who in enumerate(np.unique(found.identities)):
             colour = COLOURS[number % len(COLOURS)]
@@ -133,8 +134,9 @@ def embedding(found: Embedding) -> Any:
         ]
         axes.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, -0.02), ncol=2)
         axes.set(xticks=[], yticks=[])
+        axes.margins(0.08)
         axes.spines[["top", "right"]].set_visible(True)
-        axes.set_title(_wrapped(found.caption, 6), fontsize=8, weight="normal", loc="left")
+        axes.set_title(_wrapped(title, 5), fontsize=8, weight="normal", loc="left")
     return figure
 
 
@@ -157,23 +159,23 @@ def distances(found: Distances) -> Any:
     return figure
 
 
-def attention(found: Attention) -> Any:
+def attention(found: Attention, title: str = "") -> Any:
     """Images, and beside each what of it every map looks at."""
     step, height, gap = 1.1, 2.35, 0.3
     block = (1 + len(found.titles)) * step
     width = 2 * block + gap
-    figure, axes = _canvas(width, height * len(found.rows) + 0.25, 0.75, _wrapped(found.caption, width * 0.75))
+    figure, axes = _canvas(width, height * len(found.rows) + 0.25, 0.75, _wrapped(title, width * 0.75))
     for row, (shots, maps) in enumerate(found.rows):
         top = 0.3 + row * height
         for side, (shot, seen) in enumerate(zip(shots, maps, strict=True)):
             start, pixels = side * (block + gap), _pixels(shot)
-            for i, title in enumerate((f"{list(NAMES.values())[side]}", *found.titles)):
+            for i, head in enumerate((list(NAMES.values())[side], *found.titles)):
                 left = start + i * step
                 place = (left, left + 1, top + 2, top)
                 shown = pixels if i == 0 else _lit(pixels, seen[i - 1])
                 axes.imshow(shown, extent=place, aspect="auto", interpolation="bilinear")
                 if row == 0:
-                    axes.text(left + 0.5, top - 0.06, title, ha="center", va="bottom", fontsize=7.5, weight="bold")
+                    axes.text(left + 0.5, top - 0.06, head, ha="center", va="bottom", fontsize=7.5, weight="bold")
             _below(axes, start, top, shot)
     return figure
 
@@ -217,10 +219,13 @@ def _lines(axes: Any, chart: Chart) -> None:
         axes.axvline(border + 0.5, color="#888888", linestyle="dotted", linewidth=1)
     axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title)
     if chart.log:
-        axes.set_yscale("log")
+        if min(min(line.y) for line in chart.lines) > 0:
+            axes.set_yscale("log")
+        else:
+            axes.set_yscale("symlog", linthresh=1)
     if chart.x == "epoch":
         axes.set_xlim(0.5, max(max(line.x) for line in chart.lines) + 0.5)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if any(kinds) and (not several or len(kinds) > 1):
         grey = [_key(color="#444444", linestyle=_cycled(_STYLES, i), label=kind) for i, kind in enumerate(kinds)]
         if len(kinds) > 4:
@@ -236,8 +241,10 @@ def _bars(axes: Any, chart: Bars) -> None:
         axes.bar(chart.epochs, values, bottom=base, width=0.85, linewidth=0, label=name, **look)
         base = base + np.array(values)
     axes.set(xlabel="epoch", ylabel=chart.y, title=chart.title)
+    axes.set_xlim(chart.epochs[0] - 0.5, chart.epochs[-1] + 0.5)
     axes.set_ylim(0, 1.3 * max(float(base.max()), 1e-9))  # room for the legend
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.yaxis.get_major_locator().set_params(integer=chart.y != "seconds", min_n_ticks=1)
     axes.grid(visible=False, axis="x")
     axes.legend(ncol=3, loc="upper left")
 

@@ -24,6 +24,7 @@ from engine import checkpoint, folders, info, methods
 from engine.config import Config, differences, override, parse, read_file, to_dict
 from engine.errors import UserError
 
+_KEYS = ("epoch", "epochs", "stage", "lr", "labels", "losses", "scores", "seconds")
 # Settings that a resumed run may change: they say where and how fast it runs, not what it computes.
 MOVABLE = (
     "device",
@@ -99,10 +100,15 @@ def _epochs(file: Path) -> list[dict[str, Any]]:
     epochs = []
     for number, line in enumerate(lines, start=1):
         try:
-            epochs.append(json.loads(line))
+            row = json.loads(line)
         except ValueError as error:
             if number < len(lines):  # the last one may just be being written
                 raise UserError(f"{file}, line {number}: not JSON ({error}); remove this line") from error
+            continue
+        missing = [key for key in _KEYS if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise UserError(f"{file}, line {number}: not an epoch of this engine (it has no {', '.join(missing)})")
+        epochs.append(row)
     return epochs
 
 

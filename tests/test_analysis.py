@@ -25,6 +25,7 @@ from engine.runs import Record
 def epoch(number, stage=1, labels=(), scores=(), **losses):
     return {
         "epoch": number,
+        "epochs": 2,
         "stage": stage,
         "lr": 0.1 / number,
         "labels": dict(labels),
@@ -159,7 +160,7 @@ def test_charts_of_labels_show_what_was_logged_and_no_more():
         ("visible-infrared pairs", "recall", [25.0]),
         ("clusters", "infrared", [4]),
     ]
-    with pytest.raises(UserError, match="one: no epoch is finished"):
+    with pytest.raises(UserError, match="no epoch is finished"):
         analysis.labels([record()])
 
 
@@ -183,7 +184,12 @@ def test_sizes_of_clusters_are_those_of_the_last_checkpoint(tmp_path):
 def test_events_and_phases_are_stacked_by_epoch():
     rows = [epoch(n, labels=dict(zip(EVENTS, (n, 10 * n, n, 0, 1, 0), strict=True))) for n in (1, 2)]
     clusters, updates = analysis.events(record(*rows))
-    assert clusters.parts == {"births": [1, 2], "merges": [0, 0], "splits": [1, 1], "retirements": [0, 0]}
+    assert {line.label: line.y for line in clusters.lines} == {
+        "births": [1, 2],
+        "merges": [0, 0],
+        "splits": [1, 1],
+        "retirements": [0, 0],
+    }
     assert updates.parts == {"accepted": [10, 20], "rejected": [1, 2]} and updates.epochs == [1, 2]
     rows[0]["seconds"] = {"train": 1.0}
     bars = analysis.phases(record(*rows))
@@ -201,7 +207,7 @@ def write_run(folder, *lines):
 
 
 def test_records_are_read_as_far_as_they_go(tmp_path):
-    good = json.dumps({"epoch": 1})
+    good = json.dumps(epoch(1))
     first = write_run(tmp_path / "a" / "seed0", good, '{"epoch": 2, "lo')  # being written
     second, third = write_run(tmp_path / "b" / "seed0"), write_run(tmp_path / "seed1", good)
     found = runs.read([first, second, third])
@@ -214,6 +220,8 @@ def test_records_are_read_as_far_as_they_go(tmp_path):
         runs.read([tmp_path])
     with pytest.raises(UserError, match="metrics.jsonl, line 1: not JSON"):
         runs.read([write_run(tmp_path / "bad", "{", good)])
+    with pytest.raises(UserError, match="line 1: not an epoch of this engine .it has no epochs, stage"):
+        runs.read([write_run(tmp_path / "foreign", '{"epoch": 1}')])
     (third / "config.yaml").write_text("- 1")
     with pytest.raises(UserError, match="damaged: expected names and values"):
         runs.read([third])

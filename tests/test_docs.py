@@ -134,8 +134,11 @@ def test_commands_name_tools_and_options_that_exist(name):
     for tool, arguments in commands(name):
         source = ROOT / "tools" / f"{tool}.py"
         assert source.is_file(), f"{name}: there is no tools/{tool}.py"
+        text = source.read_text()
+        shared = [ROOT / "tools" / f"{module}.py" for module in re.findall(r"^import (\w+)$", text, re.MULTILINE)]
+        text += "".join(path.read_text() for path in shared if path.is_file())
         options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
-        missing = [option for option in options if f'"{option}"' not in source.read_text() and option != "--help"]
+        missing = [option for option in options if f'"{option}"' not in text and option != "--help"]
         assert not missing, f"{name}: tools/{tool}.py has no {missing}"
 
 

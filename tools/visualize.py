@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def main() -> int:
     for name, run, found in collect(records, choice, wanted):
         if isinstance(found, UserError):
             if arguments.only:
-                raise found
+                raise UserError(f"{name} of {run}: {found}")
             print(f"left out: {name} of {run}: {found}")
             continue
         prefix = f"{run.replace('/', '-')}-" if name not in TOGETHER and len(records) > 1 else ""
@@ -137,14 +136,11 @@ def _attempt(find: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
-def _labels(records: Sequence[Record]) -> list[Chart]:
-    charts = analysis.labels(records)
-    with suppress(UserError):  # checkpoints may have been removed
-        charts.append(analysis.sizes(records))
-    return charts
-
-
-TOGETHER: dict[str, Callable[[Sequence[Record]], list[Chart]]] = {"curves": analysis.curves, "labels": _labels}
+TOGETHER: dict[str, Callable[[Sequence[Record]], list[Chart]]] = {
+    "curves": analysis.curves,
+    "labels": analysis.labels,
+    "sizes": lambda records: [analysis.sizes(records)],
+}
 NETWORK: dict[str, Callable[[Record, Subject, Choice], Any]] = {
     "rankings": lambda _, subject, choice: analysis.rankings(
         subject, choice.rerank, choice.protocol, choice.queries, seed=choice.seed

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trees
 from PIL import Image
-from small_runs import FIRM, settings, start, write_captions
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -24,35 +22,7 @@ from engine.errors import UserError
 from engine.evaluate import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set", "ignore:.*labels")
-ALL = {"curves", "labels", "rankings", "embedding", "distances", "attention", "phases"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("pictured")
-
-
-@pytest.fixture(scope="module")
-def salcr(sysu_tree, place):
-    start(settings(sysu_tree, place / "cache"), place / "salcr").run()
-    return place / "salcr"
-
-
-@pytest.fixture(scope="module")
-def firm(sysu_tree, place):
-    captions = write_captions(sysu_tree, place)
-    short = ("train.warm_up.iterations=0", "firm.bootstrap.every=1", captions)
-    start(settings(sysu_tree, place / "cache", *FIRM, *short), place / "firm").run()
-    return place / "firm"
-
-
-@pytest.fixture(scope="module")
-def footage(place):
-    root = trees.build_folder(place / "footage", scored=False)
-    stage = "train.stages=[{epochs: 1, iterations: 1, labels: 2, images: 2}]"
-    changes = ("data.name=folder", "method.name=dcl", "train.warm_up.iterations=0", stage)
-    start(settings(root, place / "cache", *changes), place / "unscored").run()
-    return place / "unscored"
+ALL = {"curves", "labels", "sizes", "rankings", "embedding", "distances", "attention", "phases"}
 
 
 def tool(module, monkeypatch, *arguments):
@@ -65,8 +35,9 @@ def test_a_run_gives_all_pictures_that_it_can(salcr, tmp_path, monkeypatch, caps
     bounds = {  # inches wide and high, more or less; smallest file, as empty pictures are small
         "curves": (8, 5.8, 15_000),
         "labels": (12, 5.8, 20_000),
+        "sizes": (4, 2.9, 3_000),
         "rankings": (10, 4.4, 30_000),
-        "embedding": (6, 5.4, 6_000),
+        "embedding": (5, 4.5, 6_000),
         "distances": (5, 3.2, 4_000),
         "attention": (8.5, 7.5, 30_000),
         "phases": (4, 2.9, 3_000),
@@ -79,7 +50,7 @@ def test_a_run_gives_all_pictures_that_it_can(salcr, tmp_path, monkeypatch, caps
             assert len(np.unique(np.asarray(image.convert("L")))) > 20, name
         assert least < file.stat().st_size < 40 * least, (name, file.stat().st_size)
     out = capsys.readouterr().out
-    assert "left out: events of salcr: salcr: its method (salcr) has no memory that evolves" in out
+    assert "left out: events of salcr: its method (salcr) has no memory that evolves" in out
     assert out.count(str(tmp_path)) == len(ALL)
 
 
@@ -154,7 +125,7 @@ def test_several_runs_share_curves_and_have_rankings_of_their_own(salcr, firm, t
 
 def test_what_cannot_be_shown_is_said(footage, salcr, tmp_path, monkeypatch, capsys):
     assert tool(visualize, monkeypatch, footage) == 0
-    assert {path.stem for path in (footage / "pictures").iterdir()} == {"curves", "labels", "phases"}
+    assert {path.stem for path in (footage / "pictures").iterdir()} == {"curves", "labels", "sizes", "phases"}
     assert "left out: rankings of unscored: footage: has no test images" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no test images with identities"):
         tool(visualize, monkeypatch, footage, "--only", "distances")
