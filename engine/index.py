@@ -94,7 +94,12 @@ def make(
     batch = batch or config.evaluate.batch
     count = batch * max(1, cache.BLOCK // batch)  # whole batches, as the evaluation has them
     blocks = cache.decode_blocks(
-        images.paths, config.data.size, workers=config.data.workers, title=f"{label}, {NAMES[modality]}", count=count
+        images.paths,
+        config.data.size,
+        workers=config.data.workers,
+        title=f"{label}, {NAMES[modality]}",
+        count=count,
+        max_pixels=config.data.max_pixels,
     )
     features, kept, skipped = np.empty((0, 0), np.float32), list[int](), dict[str, str]()
     for number, block in enumerate(blocks):
@@ -179,6 +184,7 @@ def save(path: Path, index: Index) -> None:
     check_name(path)
     about = json.dumps(index.about)
     features, images = index.features.numpy(), index.images
+    content: bytes | memoryview
     if path.suffix == ".npz":
         buffer, paths = io.BytesIO(), np.array(images.paths)
         columns = {
@@ -189,7 +195,7 @@ def save(path: Path, index: Index) -> None:
             "about": np.array(about),
         }
         np.savez(buffer, allow_pickle=False, **columns)
-        content = buffer.getvalue()
+        content = buffer.getbuffer()
     else:
         # As bytes with a 0 between them: the header, where text belongs, must not grow with the gallery.
         paths = np.frombuffer(os.fsencode("\0".join(images.paths)), np.uint8)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,9 @@ def test_blocks_and_unreadable_images_do_not_shift_rows(network, footage, monkey
     assert list(found.about["skipped"]) == [images.paths[4]]
     with pytest.raises(UserError, match=r"cannot read 1 \(.* of 9 images; replace or remove them"):
         index.make(network, images, "ir", strict=True)
+    small = replace(network, config=replace(network.config, data=replace(network.config.data, max_pixels=48 * 24 - 1)))
+    with pytest.raises(UserError, match="none of the 9 images can be read"):
+        index.make(small, images, "ir")
     for path in images.paths:
         Path(path).write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the 9 queries can be read: 9 \(.*is empty"):
