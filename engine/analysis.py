@@ -505,7 +505,7 @@ def sizes(records: Sequence[Record]) -> Chart:
         except UserError as error:
             reasons.append(str(error))
             continue
-        own = content["labels"][1] if content["labels"] else ()
+        own = content["labels"][1] if content.get("labels") else ()
         for name, rows in zip(NAMES.values(), own, strict=False):
             found[run, name] = torch.bincount(rows[rows >= 0]).numpy()
     if not found:

@@ -84,14 +84,13 @@ def _names(places: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Record:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: not a run folder (it has no config.yaml)")
+    settings, file = read_file(folder / "config.yaml"), folder / "environment.json"
     try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text())
-        environment_file = folder / "environment.json"
-        environment = json.loads(environment_file.read_text()) if environment_file.is_file() else {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: config.yaml or environment.json is damaged: {error}") from error
-    if not isinstance(settings, dict) or not isinstance(environment, dict):
-        raise UserError(f"{folder}: config.yaml or environment.json is damaged: expected names and values")
+        environment = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); remove it") from error
+    if not isinstance(environment, dict):
+        raise UserError(f"{file}: expected names and values, got {type(environment).__name__}; remove it")
     return Record(folder, name, settings, environment, _epochs(folder / "metrics.jsonl"))
 
 

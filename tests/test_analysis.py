@@ -223,8 +223,12 @@ def test_records_are_read_as_far_as_they_go(tmp_path):
     with pytest.raises(UserError, match="line 1: not an epoch of this engine .it has no epochs, stage"):
         runs.read([write_run(tmp_path / "foreign", '{"epoch": 1}')])
     (third / "config.yaml").write_text("- 1")
-    with pytest.raises(UserError, match="damaged: expected names and values"):
+    with pytest.raises(UserError, match="config.yaml: expected settings .*, got list"):
         runs.read([third])
     (third / "config.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="config.yaml or environment.json is damaged"):
+    with pytest.raises(UserError, match="config.yaml: not valid YAML"):
         runs.read([third])
+    for content, reason in (("[1]", "expected names and values, got list"), ("{", "not JSON")):
+        (second / "environment.json").write_text(content)
+        with pytest.raises(UserError, match=f"environment.json: {reason}"):
+            runs.read([second])

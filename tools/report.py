@@ -50,8 +50,9 @@ p { max-width: 60rem; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { background: var(--pale); white-space: nowrap; }
-td { overflow-wrap: normal; min-width: 7rem; }
-td.number, th.number { min-width: 0; text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td { overflow-wrap: normal; white-space: nowrap; }
+.words td { min-width: 7rem; white-space: normal; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; padding: .2rem 0 .6rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
@@ -157,7 +158,7 @@ def _glance(records: Sequence[Record]) -> str:
             [
                 record.name,
                 _at(settings, "method.name"),
-                _at(settings, "data.name"),
+                f"{_at(settings, 'data.name')}, {_at(settings, 'data.split')}",
                 _at(settings, "model.backbone"),
                 settings.get("seed"),
                 f"{last['epoch']} of {last['epochs']}" + ("" if last["epoch"] == last["epochs"] else ", unfinished"),
@@ -165,7 +166,7 @@ def _glance(records: Sequence[Record]) -> str:
                 str(record.folder),
             ]
         )
-    return table(["run", "method", "data", "backbone", "seed", "epochs", "minutes", "folder"], rows)
+    return table(["run", "method", "data", "backbone", "seed", "epochs", "minutes", "folder"], rows, words=8)
 
 
 def _results(records: Sequence[Record]) -> str:
@@ -180,7 +181,10 @@ def _results(records: Sequence[Record]) -> str:
     ):
         if chosen:
             parts += [f"<h3>{heading}</h3>", _score_table(chosen)]
-    note = "<p class=note>Percent, of the last epoch that was scored; ± is the standard deviation over galleries or splits.</p>"
+    note = (
+        '<p class="note">Percent, of the last epoch that was scored; ± is the standard deviation over galleries; bold is the '
+        "best of several runs that are tested on the same data.</p>"
+    )
     parts += ["<h3>On the way there: main protocol, plain</h3>", _milestones(records)]
     return (note if found else "") + "".join(parts) + _missing(reasons)
 
@@ -212,8 +216,10 @@ def _milestones(records: Sequence[Record]) -> str:
         except UserError as error:
             reasons.append(f"{record.name}: {error}")
             continue
-        best = content["best"]
-        marks = content["milestones"] + ([[f"best epoch ({best[0]}), chosen on these scores", best[1]]] if best else [])
+        best = content.get("best")
+        marks = content.get("milestones", []) + (
+            [[f"best epoch ({best[0]}), chosen on these scores", best[1]]] if best else []
+        )
         if not marks:
             reasons.append(f"{record.name}: has no test images with identities")
         rows += [
@@ -332,7 +338,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], words: int | None 
 
     names = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True))
     body = "".join(f"<tr>{''.join(map(cell, kinds, row))}</tr>" for row in rows)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+    words_only = ' class="words"' if words is None else ""
+    return f'<div class="scroll" tabindex="0"><table{words_only}><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _missing(reasons: Iterable[str]) -> str:

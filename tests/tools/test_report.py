@@ -68,7 +68,7 @@ def test_plain_and_reranked_scores_stand_apart(page, salcr):
     assert plain[1][3] == f"{scores[0]['values']['R1']:.2f} ± {scores[0]['spread']['R1']:.2f}"
     assert [row[1] for row in way[1:4]] == ["untrained", "after warm-up", "after stage 1"]
     assert way[-1][1].endswith("chosen on these scores")
-    assert rows(section(page, "runs"))[1][:6] == ["salcr", "salcr", "sysu", "small", "0", "4 of 4"]
+    assert rows(section(page, "runs"))[1][:6] == ["salcr", "salcr", "sysu, test", "small", "0", "4 of 4"]
 
 
 def test_runs_stand_side_by_side_and_say_what_they_lack(salcr, firm, footage, tmp_path, monkeypatch):
