@@ -207,16 +207,17 @@ def evaluate_network(
 
 def decode(images: Pair[Images], config: Config, part: str) -> Pair[np.ndarray]:
     """`[N, H, W, 3]` uint8 per modality, from the cache where it holds them; `part` names them on the progress bar."""
+    return images.map(lambda files, name: decode_part(files, config, f"{name} {part}"), Pair(*NAMES.values()))
+
+
+def decode_part(files: Images, config: Config, label: str) -> np.ndarray:
+    """`decode` of one modality."""
     settings = config.data
-
-    def one(files: Images, name: str) -> np.ndarray:
-        return cache.decode(
-            files,
-            settings.size,
-            folder=settings.cache,
-            workers=settings.workers,
-            label=f"{name} {part}",
-            max_pixels=settings.max_pixels,
-        )
-
-    return images.map(one, Pair(*NAMES.values()))
+    return cache.decode(
+        files,
+        settings.size,
+        folder=settings.cache,
+        workers=settings.workers,
+        label=label,
+        max_pixels=settings.max_pixels,
+    )

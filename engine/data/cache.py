@@ -29,6 +29,20 @@ FORMAT = 1  # part of every key: raise it when the same files would be decoded t
 BLOCK = 256  # images decoded before they are written, which bounds the memory
 
 
+class Unreadable(UserError):
+    """Images that cannot be decoded.
+
+    Attributes:
+        files: a line for each: the path, and what is wrong.
+    """
+
+    def __init__(self, files: Sequence[str], count: int) -> None:
+        super().__init__(
+            f"cannot read {layout.some(files)} of {count} images; replace these files from the data set's archive"
+        )
+        self.files = files
+
+
 def decode(
     images: Images,
     size: tuple[int, int],
@@ -56,7 +70,8 @@ def decode(
         [N, H, W, 3] uint8 RGB, memory-mapped, read-only.
 
     Raises:
-        UserError: images are missing, empty, truncated, unreadable or too large, or the cache's folder is full or not writable.
+        Unreadable: images are missing, empty, truncated, unreadable or too large.
+        UserError: the cache's folder is full or not writable.
     """
     if not images.paths:
         raise UserError(f"no {label} images to decode")
@@ -170,9 +185,7 @@ def _decode_one(path: str, size: tuple[int, int]) -> np.ndarray | str:
 
 def _refuse(bad: list[str], count: int) -> None:
     if bad:
-        raise UserError(
-            f"cannot read {layout.some(bad)} of {count} images; replace these files from the data set's archive"
-        )
+        raise Unreadable(bad, count)
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def read(
     if missing not in ("error", "empty"):
         raise UserError(f"firm.missing_caption must be 'error' or 'empty', got {missing!r}")
     root = Path(os.path.abspath(Path(root).expanduser()))
-    return images.map(lambda side, file: _align(side, root, _place(file, root), missing), files)
+    return images.map(lambda side, file: _align(side, root, place(file, root), missing), files)
 
 
 def load(file: Path, root: Path) -> dict[str, tuple[str, str]]:
@@ -115,7 +115,7 @@ def save(file: Path, root: Path, captions: Mapping[str, tuple[str, str]]) -> Non
     checkpoint.write(file, json.dumps(content, indent=1, ensure_ascii=False).encode(), remedy)
 
 
-def _place(file: str | Path, root: Path) -> Path:
+def place(file: str | Path, root: Path) -> Path:
     """A bare name is a file in the root; anything else is a path like any other."""
     path = os.path.expanduser(file)
     return root / path if os.path.basename(path) == path else Path(path)

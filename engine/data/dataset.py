@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -58,9 +59,11 @@ class Dataset:
     Attributes:
         test: the test images of both modalities, or None when there is nothing to score on.
         protocols: the first one is the main one (best epoch, progress lines).
+        counts: what was counted, by name: what was found, and what the complete data set has (None where nobody says).
     """
 
     name: str
     train: Pair[Images]
     test: Pair[Images] | None
     protocols: tuple[Protocol, ...]
+    counts: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)

@@ -162,8 +162,12 @@ def trials(queries: Sequence[np.ndarray], galleries: Sequence[np.ndarray]) -> tu
     return tuple(Trial(query, gallery) for query, gallery in zip(queries, galleries, strict=True))
 
 
-def check_counts(name: str, found: Mapping[str, int], expected: Mapping[str, int]) -> None:
-    """Warn, once and with all numbers, where `found` differs from `expected`; a count without expectation is free."""
+def check_counts(name: str, found: Mapping[str, int], expected: Mapping[str, int]) -> dict[str, tuple[int, int | None]]:
+    """Warn, once and with all numbers, where `found` differs from `expected`; a count without expectation is free.
+
+    Returns:
+        Both numbers by name, as `Dataset.counts` has them.
+    """
     wrong = [f"{key} {found[key]} (expected {count})" for key, count in expected.items() if found[key] != count]
     if wrong:
         warnings.warn(
@@ -171,6 +175,7 @@ def check_counts(name: str, found: Mapping[str, int], expected: Mapping[str, int
             "published ones; check that every file was unpacked and that the split files are the original ones.",
             stacklevel=3,
         )
+    return {key: (count, expected.get(key)) for key, count in found.items()}
 
 
 def check_matches(name: str, vis: Images, ir: Images) -> None:

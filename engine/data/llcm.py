@@ -51,9 +51,9 @@ def read(root: str | Path) -> Dataset:
         "infrared training images": len(train.ir),
         "test identities": len({*test.vis.ids, *test.ir.ids}),
     }
-    layout.check_counts(f"LLCM in {root}", found, OFFICIAL)
+    counted = layout.check_counts(f"LLCM in {root}", found, OFFICIAL)
     layout.check_matches(f"LLCM in {root}", test.vis, test.ir)
-    return Dataset("LLCM", train, test, _protocols(test))
+    return Dataset("LLCM", train, test, _protocols(test), counted)
 
 
 def _list_train(root: Path, name: str) -> Images:

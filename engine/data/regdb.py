@@ -52,14 +52,14 @@ def read(root: str | Path, *, trial: int = 1) -> Dataset:
             ("infrared images", len(images.ir)),
         )
     }
-    layout.check_counts(f"RegDB in {root}, split {trial},", found, OFFICIAL)
+    counted = layout.check_counts(f"RegDB in {root}, split {trial},", found, OFFICIAL)
     layout.check_matches(f"RegDB in {root}, split {trial}", test.vis, test.ir)
     vis, ir = test.map(layout.everything)
     protocols = (
         Protocol("visible to infrared", "vis", (Trial(vis, ir),), "plain"),
         Protocol("infrared to visible", "ir", (Trial(ir, vis),), "plain"),
     )
-    return Dataset(f"RegDB split {trial}", train, test, protocols)
+    return Dataset(f"RegDB split {trial}", train, test, protocols, counted)
 
 
 def _list(root: Path, name: str, camera: int) -> Images:

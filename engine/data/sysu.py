@@ -73,9 +73,9 @@ def read(
         "infrared queries": len(test.ir),
         **{f"{protocol.name} gallery": len(protocol.trials[0].gallery) for protocol in protocols},
     }
-    layout.check_counts(f"SYSU-MM01 in {root}", found, counts[split])
+    counted = layout.check_counts(f"SYSU-MM01 in {root}", found, counts[split])
     layout.check_matches(f"SYSU-MM01 in {root}", test.vis, test.ir)
-    return Dataset("SYSU-MM01", train, test, protocols)
+    return Dataset("SYSU-MM01", train, test, protocols, counted)
 
 
 def _list(root: Path, identities: Sequence[int], cameras: Sequence[int]) -> Images:

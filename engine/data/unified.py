@@ -43,7 +43,15 @@ def join(datasets: Sequence[Dataset]) -> Dataset:
         cams += 1 + max(int(images.cams.max(initial=-1)) for images in train)
         rows = rows.map(lambda row, images: row + len(images), test)
     return Dataset(
-        " + ".join(names), _concatenate(trains), _concatenate(tests) if protocols else None, tuple(protocols)
+        " + ".join(names),
+        _concatenate(trains),
+        _concatenate(tests) if protocols else None,
+        tuple(protocols),
+        {
+            f"{name}: {key}": pair
+            for name, data in zip(names, datasets, strict=True)
+            for key, pair in data.counts.items()
+        },
     )
 
 
