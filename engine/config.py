@@ -139,10 +139,12 @@ class Memory:
     Attributes:
         temperature: of the softmax over prototypes.
         momentum: mu of `M <- normalize(mu M + (1 - mu) f)`.
+        shard: of the memories with a row for every image, each of several processes holds a part: docs/distributed.md.
     """
 
     temperature: float = 0.05
     momentum: float = 0.1
+    shard: bool = False
 
 
 @dataclass(frozen=True)

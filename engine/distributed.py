@@ -24,6 +24,7 @@ from engine.errors import UserError
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others; decoding a data set for the first time is what takes longest."""
 T = TypeVar("T")
+_sharing = False
 
 
 @contextmanager
@@ -102,6 +103,22 @@ def shares(count: int, block: int = 1) -> list[slice]:
     """The run of rows of each process, of whole blocks of `block` rows, so that what is done by blocks stays as it is."""
     runs = cut(-(-count // block), world())
     return [slice(min(run.start * block, count), min(run.stop * block, count)) for run in runs]
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Inside, all processes call the same operators with the same arguments; these may share out the rows of their results."""
+    global _sharing
+    _sharing = True
+    try:
+        yield
+    finally:
+        _sharing = False
+
+
+def is_sharing() -> bool:
+    """Whether all of several processes are inside of `sharing`."""
+    return _sharing and world() > 1
 
 
 def gather(rows: Tensor, counts: Sequence[int], dim: int = 0) -> Tensor:

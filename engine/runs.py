@@ -33,6 +33,7 @@ MOVABLE = (
     "data.cache",
     "data.max_pixels",
     "data.workers",
+    "memory.shard",
     "train.accumulate",
     "train.checkpoint_steps",
     "train.features",

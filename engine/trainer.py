@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import checkpoint, data, distributed, methods, optim, report, runs, seeds, stopping
+from engine import checkpoint, data, distributed, methods, optim, report, runs, seeds, shards, stopping
 from engine.cluster import Labels, quality
 from engine.config import Config, Stage, to_dict
 from engine.data.dataset import Images
@@ -174,7 +174,7 @@ class Trainer:
         first_step = state.step
         with phases("train"):
             self._steps(settings, epoch, within, stage, rate)
-            distributed.check_equal(self.network.state_dict() | state.memories)
+            distributed.check_equal(self.network.state_dict() | shards.equal(state.memories))
         last = within == settings.epochs - 1
         scores = []
         with phases("evaluate"):
@@ -228,7 +228,8 @@ class Trainer:
             # Features that are mapped are on the CPU, and so are labels and memories while they are made.
             place = features.whole.vis.device
             self.method.memory = {name: bank.to(place) for name, bank in state.memories.items()}
-        labels = self.method.label(features, stage, phases)
+        with distributed.sharing():
+            labels = self.method.label(features, stage, phases)
         state.labels_kept = 0 in labels.counts
         if state.labels_kept:
             empty = [word for word, count in zip(NAMES.values(), labels.counts, strict=True) if count == 0]
@@ -398,29 +399,29 @@ class Trainer:
     def _save(self, name: str) -> None:
         state = self.state
         self._check_network()
-        if not distributed.is_main():
-            return
-        content: dict[str, Any] = {
-            "config": to_dict(self.config),
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "started": state.started,
-            "epoch": state.epoch,
-            "step": state.step,
-            "labels": _plain_labels(state.labels),
-            "labels_kept": state.labels_kept,
-            # Most methods begin an epoch with fresh ones.
-            "memories": state.memories if state.step or self.method.lasting else {},
-            "totals": state.totals,
-            "milestones": [[label, [asdict(score) for score in scores]] for label, scores in state.milestones],
-            "best": state.best and [state.best[0], [asdict(score) for score in state.best[1]]],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "images": self.images,
-        }
+        # Most methods begin an epoch with fresh memories.
+        memories = shards.whole(state.memories) if state.step or self.method.lasting else {}
         latest = name == "last.pt"
-        checkpoint.save(self.folder / name, content, keep=self.folder / "previous.pt" if latest else None)
+        if distributed.is_main():
+            content: dict[str, Any] = {
+                "config": to_dict(self.config),
+                "network": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "started": state.started,
+                "epoch": state.epoch,
+                "step": state.step,
+                "labels": _plain_labels(state.labels),
+                "labels_kept": state.labels_kept,
+                "memories": memories,
+                "totals": state.totals,
+                "milestones": [[label, [asdict(score) for score in scores]] for label, scores in state.milestones],
+                "best": state.best and [state.best[0], [asdict(score) for score in state.best[1]]],
+                "rng": torch.get_rng_state(),
+                "cuda_rng": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
+                "images": self.images,
+            }
+            checkpoint.save(self.folder / name, content, keep=self.folder / "previous.pt" if latest else None)
         if latest:
             self.saved = state.epoch, state.step
 
@@ -453,7 +454,8 @@ class Trainer:
         checkpoint.load_network(self.network, content)
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
-        moved = {name: bank.to(self.device) for name, bank in content["memories"].items()}
+        memories = shards.share(content["memories"], self.method.shared if self.config.memory.shard else ())
+        moved = {name: bank.to(self.device) for name, bank in memories.items()}
         totals = {name: total.to(self.device) for name, total in content["totals"].items()}
         best = content["best"]
         self.state = State(
@@ -471,7 +473,7 @@ class Trainer:
         self.saved = self.state.epoch, self.state.step
         torch.set_rng_state(content["rng"])
         if content["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(content["cuda_rng"])
+            torch.cuda.set_rng_state(content["cuda_rng"][0], self.device)  # of a run on other GPUs there may be more
 
     def _start_from(self, source: str) -> None:
         """Take over a network that finished some stages, and begin after them."""

@@ -2,13 +2,15 @@
 
     python distributed_worker.py ROOT OUT CAPTIONS DEED...
 
-Deeds are "run:NAME", "stop:NAME" (after three steps), "resume:FOLDER" and "die:NAME" (the last process, in the first step).
+Deeds are "run:NAME", "stop:NAME" (after three steps), "resume:FOLDER", "die:NAME" (the last process, in the first step), and
+"check:banks". Several processes share out the instance memories of the runs "salcr" and "spread".
 In float64 nothing but a mistake makes two runs differ by more than 1e-8: neither the order of summation, nor Adam, which
 divides even small gradients by their own size, nor a label that hangs on the last bit.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from contextlib import nullcontext, suppress
@@ -22,9 +24,11 @@ torch.set_default_dtype(torch.float64)
 
 from small_runs import FIRM, interrupted_after, settings
 from torch import Tensor
+from torch.nn import functional as F
 
-from engine import distributed
+from engine import distributed, ops, shards
 from engine.data import transforms
+from engine.shards import Bank
 from engine.trainer import Trainer
 
 SHORT = (
@@ -48,13 +52,51 @@ def main() -> None:
     with distributed.joined(), double, mock.patch.object(transforms, "_to_planes", planes):
         for deed, _, name in (argument.partition(":") for argument in sys.argv[4:]):
             resume = deed == "resume"
-            chosen = (*SHORT, *RUNS[name.partition("-")[0]], sys.argv[3])
+            if deed == "check":
+                check_banks()
+                continue
+            base = name.partition("-")[0]
+            shard = f"memory.shard={str(distributed.world() > 1 and base in ('salcr', 'spread')).lower()}"
+            chosen = (*SHORT, *RUNS[base], sys.argv[3], shard)
             folder = out / (name if resume else f"{name}-{deed}-{distributed.world()}")
             run = Trainer(settings(root, out / "cache", *chosen), folder, resume=resume)
             ends = {"stop": interrupted_after(3), "die": mock.patch.object(Trainer, "_step", die)}
             with suppress(KeyboardInterrupt), ends.get(deed, nullcontext()):
                 run.run()
-            torch.save(run.network.state_dict() | run.state.memories, folder / f"process{distributed.rank()}.pt")
+            state = run.network.state_dict() | shards.equal(run.state.memories)
+            torch.save(state, folder / f"process{distributed.rank()}.pt")
+
+
+def check_banks() -> None:
+    """Neighbours, losses and gradients with a bank that is shared out are those with the whole, as are those of shared queries."""
+    generator = torch.Generator().manual_seed(1)
+    features = F.normalize(torch.randn(31, 16, generator=generator))
+    expected = ops.jaccard(features, 8, 3)
+    with distributed.sharing():
+        found = ops.jaccard(features, 8, 3)
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    for rows, shape in itertools.product((37, 3), ((), (2,))):  # of three rows, one of four processes has none
+        bank, features = (
+            F.normalize(torch.randn(*shape, count, 16, generator=generator), dim=-1) for count in (rows, 23)
+        )
+        bank[..., -1, :] = bank[..., 0, :]  # which are equally near
+        own = shards.share({"bank": bank}, ["bank"])
+        shared = Bank.of(own, "bank")
+        for found, expected in zip(shared.topk(features, 10), ops.topk(features, bank, 10), strict=True):
+            assert torch.equal(found, expected)
+        positives = torch.randint(-1, rows, (*shape, 23, 5), generator=generator)
+        positives[..., ::4, :] = -1
+        one, other = features.clone().requires_grad_(), features.clone().requires_grad_()
+        expected = ops.neighbor_contrast(one, bank, positives, 0.05)
+        loss = shared.neighbor_contrast(other, positives, 0.05)
+        (expected * torch.arange(1, 1 + expected.numel())).sum().backward()
+        (loss * torch.arange(1, 1 + loss.numel())).sum().backward()
+        torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(other.grad, one.grad, atol=1e-12, rtol=0)
+        if distributed.is_main():
+            assert torch.equal(shards.whole(own)["bank"], bank)
+        else:
+            assert shards.whole(own) == {}
 
 
 def planes(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 BOUND = 1e-8  # in float64; see the worker
 # In this order: some go on with what others left.
 DEEDS = {
-    4: ("run:salcr", "stop:spread"),
+    4: ("check:banks", "run:salcr", "stop:spread"),
     1: ("run:salcr", "run:spread", "run:parts", "run:firm", "resume:spread-stop-4", "stop:salcr"),
     2: ("run:parts", "run:firm", "resume:salcr-stop-1"),
 }
@@ -60,7 +60,7 @@ def final(folder: Path, process: int = 0) -> dict[str, torch.Tensor]:
 
 def assert_alike(found: Path, expected: Path) -> None:
     one, other = final(found), final(expected)
-    assert one.keys() == other.keys()
+    assert one.keys() <= other.keys()  # but for what processes share out
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], atol=BOUND, rtol=0, msg=name)
     for row, wanted in zip(metrics(found), metrics(expected), strict=True):

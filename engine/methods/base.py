@@ -33,10 +33,12 @@ class Method:
     Attributes:
         memory: the memories of the running epoch; the trainer sets them. `label` finds those of the last epoch.
         lasting: whether memories live on from epoch to epoch, and so stand in every checkpoint.
+        shared: names of memories whose rows processes can share out among themselves (`memory.shard`).
         copies: whether batches must have channel-augmented copies of visible images, or must not.
     """
 
     lasting = False
+    shared: tuple[str, ...] = ()
     copies = True
 
     @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Method:
                 f"augment.channels: {config.method.name} needs {str(self.copies).lower()}, got "
                 f"{str(config.augment.channels).lower()}; it {'looks' if self.copies else 'does not look'} at copies of "
                 "visible images in one channel"
+            )
+        if config.memory.shard and not self.shared:
+            raise UserError(
+                f"memory.shard: {config.method.name} has no memory with a row for every image; use memory.shard=false"
             )
         self.config = config
         self.settings = config.settings

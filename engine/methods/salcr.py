@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine import memory, ops
+from engine import memory, ops, shards
 from engine.associate import associate
 from engine.cluster import Labels, relabel_nearest
 from engine.config import check_ranges
@@ -19,6 +19,7 @@ from engine.methods.base import Method
 from engine.model.network import Network, Output
 from engine.pair import Modality, Pair
 from engine.phases import Phases
+from engine.shards import Bank
 
 Reading = Literal["released", "paper"]
 Mean = Literal["bank", "kind"]
@@ -176,6 +177,7 @@ class Salcr(Method):
             )
 
     settings: Settings
+    shared = ("instances.vis", "instances.ir")
 
     def build(self) -> nn.Module:
         """The network, with the part head where FGSAL is on."""
@@ -228,7 +230,10 @@ class Salcr(Method):
             banks[space] = torch.stack(prototypes + prototypes[1:])
             if gpcr.enabled:
                 instances = levels if gpcr.level != "global" else levels[:1]
-                banks[f"instances.{space}"] = features.storage.take(instances, labels.rows[space])
+                rows = labels.rows[space]
+                if self.config.memory.shard:
+                    rows, banks[f"instances.{space}.first"] = shards.own_rows(rows)
+                banks[f"instances.{space}"] = features.storage.take(instances, rows)
         return banks
 
     def losses(self, output: Output, batch: Batch, memories: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -291,8 +296,8 @@ class Salcr(Method):
         gpcr = self.settings.gpcr
         terms: dict[str, list[Tensor]] = {}
         for space in _SPACES:
-            bank = memories[f"instances.{space}"]
-            _, near = ops.topk(features.detach(), bank[0], gpcr.k)
+            bank = Bank.of(memories, f"instances.{space}")
+            _, near = bank[0].topk(features.detach(), gpcr.k)
             near = near.unflatten(0, (3, -1))  # [kind, s, k]
             if gpcr.level != "part":
                 terms.setdefault("gpcr.global", []).append(self._global_refinement(features, bank[0], near))
@@ -300,18 +305,18 @@ class Salcr(Method):
                 terms.setdefault("gpcr.part", []).append(self._part_refinement(parts, bank[1:], near))
         return {name: gpcr.weight * torch.stack(spaces).sum() for name, spaces in terms.items()}
 
-    def _global_refinement(self, features: Tensor, bank: Tensor, near: Tensor) -> Tensor:
+    def _global_refinement(self, features: Tensor, bank: Bank, near: Tensor) -> Tensor:
         """Positives: neighbours of the visible and of the infrared image at once, and of the copy (Eq. 16-20)."""
         step = 2 if self.settings.gpcr.views == "pair" else 1  # visible, augmented, infrared; without the second
         views, rows = near[::step], features.unflatten(0, (3, -1))[::step]
         positives = reduce(ops.set_intersection, views)
         return self._refine(rows.flatten(0, 1), bank, positives.repeat(len(views), 1), len(views))
 
-    def _part_refinement(self, parts: Tensor, bank: Tensor, near: Tensor) -> Tensor:
+    def _part_refinement(self, parts: Tensor, bank: Bank, near: Tensor) -> Tensor:
         """Positives: global neighbours of the query's image that the same query has on one of the other maps (Eq. 21-26)."""
         count, queries, maps, size, _ = parts.shape
         rows = parts.flatten(1, 3)
-        _, found = ops.topk(rows.detach(), bank, self.settings.gpcr.k)
+        _, found = bank.topk(rows.detach(), self.settings.gpcr.k)
         shape = (count, queries, maps, size, found.shape[2])
         found = found.view(shape)
         others = ops.set_union(*(found.roll(shift, dims=2).flatten(0, 3) for shift in (1, 2)))
@@ -319,12 +324,12 @@ class Salcr(Method):
         positives = ops.set_intersection(reliable, others).view(count, -1, found.shape[4])
         return self._refine(rows, bank, positives, queries * maps).mean()
 
-    def _refine(self, rows: Tensor, bank: Tensor, positives: Tensor, kinds: int) -> Tensor:
+    def _refine(self, rows: Tensor, bank: Bank, positives: Tensor, kinds: int) -> Tensor:
         """Contrast with sets of positives: one mean, or the sum of those of `kinds` runs of rows; `[..., R, D]` -> `[...]`."""
         temperature = self.config.memory.temperature
         count = 1 if self.settings.gpcr.mean == "bank" else kinds
         runs = zip(rows.chunk(count, dim=-2), positives.chunk(count, dim=-2), strict=True)
-        return torch.stack([ops.neighbor_contrast(part, bank, chosen, temperature) for part, chosen in runs]).sum(0)
+        return torch.stack([bank.neighbor_contrast(part, chosen, temperature) for part, chosen in runs]).sum(0)
 
     def update(self, output: Output, batch: Batch, memories: dict[str, Tensor]) -> None:
         """Update all cluster prototypes with the rows that carry their labels, in a random order (Eq. 7)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine import distributed
 from engine.ops import _check, _cuda, _native
 from engine.ops._backend import pick
 from engine.ops._neighbors import largest
@@ -59,6 +60,10 @@ def topk(
     if exclude_self:
         _check.size("queries", queries, -2, bank.shape[-2], "the rows of bank, as exclude_self is set")
     search, options = pick("topk", queries, bank), {"exclude_self": exclude_self, "precision": precision}
+    if queries.dim() == 2 and distributed.is_sharing() and not exclude_self:
+        runs = distributed.shares(len(queries))
+        values, indices = search(queries[runs[distributed.rank()]], bank, k, **options)
+        return distributed.gather_shares(values, runs), distributed.gather_shares(indices, runs)
     if queries.dim() == 2:
         return search(queries, bank, k, **options)
     values = queries.new_empty(*queries.shape[:-1], k, dtype=torch.promote_types(queries.dtype, bank.dtype))
