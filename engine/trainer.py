@@ -304,7 +304,7 @@ class Trainer:
             checkpoint.save(file, content)
         return UserError(
             f"epoch {state.epoch + 1}, step {state.step + 1}: {problem}. Nothing of this step was kept but its batch, in "
-            f"{file}; lower optim.lr, or use train.precision=fp32, then go on with --resume"
+            f"{file}; start a new run with a lower optim.lr, or train.precision=fp32 ({self._earlier})"
         )
 
     def _step(self, batch: Batch, stage: int) -> dict[str, Tensor]:
@@ -425,13 +425,18 @@ class Trainer:
         if latest:
             self.saved = state.epoch, state.step
 
+    @property
+    def _earlier(self) -> str:
+        """How not to begin from nothing with other settings, which a resumed run may not change."""
+        return f"train.start_from={self.folder} takes its network after stage 1, where there is one"
+
     def _check_network(self) -> None:
         """Raise a `UserError` for weights that are not finite, though the losses before them were."""
         wrong = [name for name, value in self.network.state_dict().items() if not value.isfinite().all()]
         if wrong:
             raise UserError(
                 f"epoch {self.state.epoch + 1}, step {self.state.step}: '{wrong[0]}' of the network is not finite. Checkpoints "
-                "are as they were; lower optim.lr or set optim.clip, or use train.precision=fp32, then go on with --resume"
+                f"are as they were; start a new run with a lower optim.lr, with optim.clip, or train.precision=fp32 ({self._earlier})"
             )
 
     def _restore(self) -> None:
