@@ -87,8 +87,9 @@ class Slices:
         if not self.norms:
             return 1, 1
         total = sum(sizes)
-        count = total // self.bn_group if 0 < self.bn_group < total else 1
-        if count > 1 and (total % self.bn_group or any(size % count for size in sizes)):
+        group = self.bn_group if 0 < self.bn_group < total else total
+        count = total // group
+        if total % group or any(size % count for size in sizes):
             raise UserError(
                 f"model.bn_group: a batch of {_sum(sizes)} images cannot be divided into groups of {self.bn_group} with "
                 f"equal parts of each kind; choose a divisor of {total} that leaves them equal, for example {total // 2}"

@@ -3,7 +3,7 @@
     python distributed_worker.py ROOT OUT CAPTIONS DEED...
 
 Deeds are "run:NAME", "stop:NAME" (after three steps), "resume:FOLDER", "die:NAME" (the last process, in the first step), and
-"check:banks". Several processes share out the instance memories of the runs "salcr" and "spread".
+"check:all". Several processes share out the instance memories of the runs "salcr" and "spread".
 In float64 nothing but a mistake makes two runs differ by more than 1e-8: neither the order of summation, nor Adam, which
 divides even small gradients by their own size, nor a label that hangs on the last bit.
 """
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from engine import distributed, ops, shards
 from engine.data import transforms
+from engine.errors import UserError
 from engine.shards import Bank
 from engine.trainer import Trainer
 
@@ -54,6 +55,7 @@ def main() -> None:
             resume = deed == "resume"
             if deed == "check":
                 check_banks()
+                check_drift()
                 continue
             base = name.partition("-")[0]
             shard = f"memory.shard={str(distributed.world() > 1 and base in ('salcr', 'spread')).lower()}"
@@ -97,6 +99,19 @@ def check_banks() -> None:
             assert torch.equal(shards.whole(own)["bank"], bank)
         else:
             assert shards.whole(own) == {}
+
+
+def check_drift() -> None:
+    """Every process says which tensor is no longer the same on all, be it by one bit."""
+    alike, drifted = torch.ones(3), torch.ones(3)
+    distributed.check_equal({"alike": alike, "drifted": drifted})
+    drifted[distributed.world() - distributed.rank() - 1 :] += 2**-52
+    try:
+        distributed.check_equal({"alike": alike, "drifted": drifted})
+    except UserError as error:
+        assert "no longer hold the same drifted: are" in str(error)
+    else:
+        raise AssertionError
 
 
 def planes(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 BOUND = 1e-8  # in float64; see the worker
 # In this order: some go on with what others left.
 DEEDS = {
-    4: ("check:banks", "run:salcr", "stop:spread"),
+    4: ("check:all", "run:salcr", "stop:spread"),
     1: ("run:salcr", "run:spread", "run:parts", "run:firm", "resume:spread-stop-4", "stop:salcr"),
     2: ("run:parts", "run:firm", "resume:salcr-stop-1"),
 }

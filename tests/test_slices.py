@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_runs import settings
+from small_runs import FIRM, settings
 from torch import nn
 
-from engine import distributed
+from engine import distributed, methods, shards
 from engine.config import Config
 from engine.errors import UserError
 from engine.model.network import Network, Output
@@ -67,10 +67,11 @@ def test_what_a_part_draws_is_drawn_again_for_its_gradient(tmp_path):
 
 
 def test_batches_that_slices_or_groups_cannot_divide_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(
-        UserError, match=r"model\.bn_group: a batch of 8 \+ 8 \+ 8 images cannot be divided into groups of 5"
-    ):
-        slices(tmp_path, "model.bn_group=5")
+    for group in (5, 16):
+        with pytest.raises(
+            UserError, match=rf"model\.bn_group: a batch of 8 \+ 8 \+ 8 images .* into groups of {group}"
+        ):
+            slices(tmp_path, f"model.bn_group={group}")
     with pytest.raises(
         UserError, match=r"train\.accumulate=2: BatchNorm .* of 24 images of .* set model\.bn_group to 12 or"
     ):
@@ -98,3 +99,19 @@ def test_groups_lie_in_slices_or_span_them(tmp_path, monkeypatch):
     assert slices(tmp_path, "model.bn_group=3").groups([8, 8, 8]) == (2, 1)
     monkeypatch.setattr(distributed, "world", lambda: 3)
     assert slices(tmp_path).groups([8, 8, 8]) == (1, 3)
+
+
+@pytest.mark.parametrize("method", ["dcl", "firm"])
+def test_methods_without_instance_memories_refuse_to_share_them_out(tmp_path, method):
+    chosen = FIRM if method == "firm" else ("method.name=dcl",)
+    loaded = run_settings(tmp_path, *chosen, "memory.shard=true")
+    with pytest.raises(UserError, match=f"memory.shard: {method} has no memory with a row for every image"):
+        methods.find(method)(loaded)
+
+
+def test_a_memory_shared_out_among_one_is_whole():
+    memories = {"bank": torch.arange(12.0).view(1, 4, 3), "other": torch.ones(2, 3)}
+    shared = shards.share(memories, ["bank", "absent"])
+    assert shards.equal(shared).keys() == {"other"}
+    found = shards.whole(shared)
+    assert all(torch.equal(found[name], bank) for name, bank in memories.items()) and found.keys() == memories.keys()
