@@ -58,8 +58,8 @@ def train(arguments: argparse.Namespace) -> int:
             remedy = f"go on with: {command('train')} --resume {folder}{consent}"
         else:
             remedy = (
-                "there is no checkpoint yet. What was drawn and decoded stays, what the network learned is lost; the same "
-                "command starts again"
+                "there is no checkpoint yet. What was drawn or decoded to its end stays, what the network learned is lost; the "
+                "same command starts again"
             )
         if distributed.is_main():
             print(f"\nstopped; {remedy}", file=sys.stderr)
