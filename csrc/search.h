@@ -147,8 +147,8 @@ class Search {
         of_bank_(of_bank) {}
 
   // The tasks, of up to kQueriesPerTask queries and one stripe of the bank, run in any order. It is such that the whole
-  // bank passes by a group of queries before the next group: of rows that are mapped and do not fit in memory, the bank is
-  // read once for a group, not all queries for a stripe.
+  // bank passes by a group of queries before the next group: of rows that are mapped and do not fit in memory, the bank
+  // is read once for a group, not all queries for a stripe.
   void run(int threads) {
     const Isa chosen = isa();
     const std::int64_t tasks_per_stripe = (query_count_ + kQueriesPerTask - 1) / kQueriesPerTask;
