@@ -39,9 +39,11 @@ engine::StoredRows<Real> rows(Address data, int storage, std::int64_t width) {
 
 template <typename Real>
 void cmfp(Address vis, int vis_storage, Address ir, int ir_storage, std::int64_t vis_count, std::int64_t ir_count,
+          std::int64_t vis_first, std::int64_t new_vis_count, std::int64_t ir_first, std::int64_t new_ir_count,
           std::int64_t width, std::int64_t k, bool normalize, Address new_vis, Address new_ir, int threads) {
-  engine::cmfp(rows<Real>(vis, vis_storage, width), rows<Real>(ir, ir_storage, width), vis_count, ir_count, k,
-               normalize, reinterpret_cast<Real*>(new_vis), reinterpret_cast<Real*>(new_ir), threads);
+  engine::cmfp(rows<Real>(vis, vis_storage, width), rows<Real>(ir, ir_storage, width), vis_count, ir_count,
+               {vis_first, new_vis_count}, {ir_first, new_ir_count}, k, normalize, reinterpret_cast<Real*>(new_vis),
+               reinterpret_cast<Real*>(new_ir), threads);
 }
 
 // Packs Python numbers as a kernel's arguments: int as int64 or an address, float as float, bool as bool.

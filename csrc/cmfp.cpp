@@ -82,6 +82,16 @@ void add_means(Nearest<Real>& nearest, std::int64_t row_count, std::int64_t k, c
   propagate(graph, bank.read(), target, threads);
 }
 
+// The neighbours of some rows in a bank: every product serves one row.
+template <typename Real>
+void add_some(const UnitRows<Real>& rows, Run run, const UnitRows<Real>& bank, std::int64_t k, Real* target,
+              int threads) {
+  Nearest<Real> nearest(run.count, bank.count(), k, Real(0));
+  const StoredRows<Real> queries = rows.read().from(run.first);
+  Search<Real>(queries, bank.read(), run.count, bank.count(), false, nearest, nullptr).run(threads);
+  add_means(nearest, run.count, k, bank, target, threads);
+}
+
 // The block of one modality with itself.
 template <typename Real>
 void add_own(const UnitRows<Real>& rows, std::int64_t k, Real* target, int threads) {
@@ -114,21 +124,28 @@ void normalize_rows(Real* rows, std::int64_t count, std::int64_t width, int thre
 
 template <typename Real>
 void cmfp(const StoredRows<Real>& vis, const StoredRows<Real>& ir, std::int64_t vis_count, std::int64_t ir_count,
-          std::int64_t k, bool normalize, Real* new_vis, Real* new_ir, int threads) {
+          Run vis_run, Run ir_run, std::int64_t k, bool normalize, Real* new_vis, Real* new_ir, int threads) {
   if (k == 0) return;
   const UnitRows<Real> unit_vis(vis, vis_count, threads), unit_ir(ir, ir_count, threads);
-  add_own(unit_vis, k, new_vis, threads);
-  add_own(unit_ir, k, new_ir, threads);
-  add_other(unit_vis, unit_ir, k, new_vis, new_ir, threads);
+  if (vis_run.count == vis_count && ir_run.count == ir_count) {
+    add_own(unit_vis, k, new_vis, threads);
+    add_own(unit_ir, k, new_ir, threads);
+    add_other(unit_vis, unit_ir, k, new_vis, new_ir, threads);
+  } else {
+    add_some(unit_vis, vis_run, unit_vis, k, new_vis, threads);
+    add_some(unit_vis, vis_run, unit_ir, k, new_vis, threads);
+    add_some(unit_ir, ir_run, unit_ir, k, new_ir, threads);
+    add_some(unit_ir, ir_run, unit_vis, k, new_ir, threads);
+  }
   if (normalize) {
-    normalize_rows(new_vis, vis_count, vis.width(), threads);
-    normalize_rows(new_ir, ir_count, ir.width(), threads);
+    normalize_rows(new_vis, vis_run.count, vis.width(), threads);
+    normalize_rows(new_ir, ir_run.count, ir.width(), threads);
   }
 }
 
-template void cmfp(const StoredRows<float>&, const StoredRows<float>&, std::int64_t, std::int64_t, std::int64_t, bool,
-                   float*, float*, int);
-template void cmfp(const StoredRows<double>&, const StoredRows<double>&, std::int64_t, std::int64_t, std::int64_t, bool,
-                   double*, double*, int);
+template void cmfp(const StoredRows<float>&, const StoredRows<float>&, std::int64_t, std::int64_t, Run, Run,
+                   std::int64_t, bool, float*, float*, int);
+template void cmfp(const StoredRows<double>&, const StoredRows<double>&, std::int64_t, std::int64_t, Run, Run,
+                   std::int64_t, bool, double*, double*, int);
 
 }  // namespace engine

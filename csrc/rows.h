@@ -40,6 +40,12 @@ class StoredRows {
   // The same rows, times one scale each.
   StoredRows scaled(const Real* scales) const { return {data_, storage_, width_, scales}; }
 
+  // The rows from `first` on.
+  StoredRows from(std::int64_t first) const {
+    const auto* data = static_cast<const unsigned char*>(data_) + first * width_ * entry_size();
+    return {data, storage_, width_, scales_ ? scales_ + first : nullptr};
+  }
+
   // `count` rows from `first` on, [count, width]. Valid until `buffer` is used again.
   const Real* block(std::int64_t first, std::int64_t count, std::vector<Real>& buffer) const {
     if (storage_ == kPlain && scales_ == nullptr) return static_cast<const Real*>(data_) + first * width_;
@@ -71,6 +77,8 @@ class StoredRows {
 
  private:
   static constexpr Storage kPlain = std::is_same_v<Real, float> ? Storage::float32 : Storage::float64;
+
+  std::int64_t entry_size() const { return storage_ == Storage::float64 ? 8 : storage_ == Storage::float32 ? 4 : 2; }
 
   static void reserve(std::vector<Real>& buffer, std::int64_t entries) {
     if (buffer.size() < static_cast<std::size_t>(entries)) buffer.resize(static_cast<std::size_t>(entries));

@@ -106,14 +106,16 @@ def shares(count: int, block: int = 1) -> list[slice]:
 
 
 @contextmanager
-def sharing() -> Iterator[None]:
-    """Inside, all processes call the same operators with the same arguments; these may share out the rows of their results."""
+def sharing(alike: bool = True) -> Iterator[None]:
+    """Inside, all processes call the same operators with the same arguments, or do not; those may share out the rows of their
+    results.
+    """
     global _sharing
-    _sharing = True
+    before, _sharing = _sharing, alike
     try:
         yield
     finally:
-        _sharing = False
+        _sharing = before
 
 
 def is_sharing() -> bool:

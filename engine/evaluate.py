@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import ops
+from engine import distributed, ops
 from engine.config import Config
 from engine.data import cache
 from engine.data.dataset import Dataset, Images, Protocol, Trial
@@ -68,17 +68,24 @@ def score(
 def score_features(
     query: Tensor, gallery: Tensor, ids: tuple[Tensor, Tensor], cams: tuple[Tensor, Tensor], rule: str
 ) -> tuple[dict[str, float], int]:
-    """`score` of the cosine distances of unit features `[Q, D]`, `[G, D]`, which are made in blocks of queries."""
+    """`score` of the cosine distances of unit features `[Q, D]`, `[G, D]`, which are made in blocks of queries.
+
+    Several processes, all of which must ask for it, share out the blocks.
+    """
     rows = max(1, BLOCK_ENTRIES // max(1, len(gallery)))
-    blocks = zip(query.split(rows), ids[0].split(rows), cams[0].split(rows), strict=True)
+    blocks = list(zip(query.split(rows), ids[0].split(rows), cams[0].split(rows), strict=True))
+    runs = distributed.shares(len(blocks))
     found = [
         score(trial_distance(part, gallery, None), (part_ids, ids[1]), (part_cams, cams[1]), rule)
-        for part, part_ids, part_cams in blocks
+        for part, part_ids, part_cams in blocks[runs[distributed.rank()]]
     ]
-    if len(found) == 1:
-        return found[0]
-    valid = sum(count for _, count in found)
-    return {name: sum(values[name] * count for values, count in found) / max(valid, 1) for name in found[0][0]}, valid
+    columns = [*(f"R{rank}" for rank in RANKS), "mAP", "mINP"]
+    own = torch.tensor([[*(values[name] for name in columns), count] for values, count in found], dtype=torch.float64)
+    every = distributed.gather_shares(own.view(-1, len(columns) + 1).to(query.device), runs).tolist()
+    valid = sum(count for *_, count in every)
+    sums = [sum(values[i] * values[-1] for values in every) for i in range(len(columns))]
+    means = every[0][:-1] if len(every) == 1 else [total / max(valid, 1) for total in sums]
+    return dict(zip(columns, means, strict=True)), int(valid)
 
 
 def summary(

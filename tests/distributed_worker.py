@@ -26,9 +26,10 @@ from small_runs import FIRM, interrupted_after, settings
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine import distributed, ops, shards
+from engine import distributed, evaluate, ops, shards
 from engine.data import transforms
 from engine.errors import UserError
+from engine.evaluate import score, trial_distance
 from engine.shards import Bank
 from engine.trainer import Trainer
 
@@ -54,6 +55,7 @@ def main() -> None:
         for deed, _, name in (argument.partition(":") for argument in sys.argv[4:]):
             resume = deed == "resume"
             if deed == "check":
+                check_shared_rows()
                 check_banks()
                 check_drift()
                 continue
@@ -69,14 +71,26 @@ def main() -> None:
             torch.save(state, folder / f"process{distributed.rank()}.pt")
 
 
-def check_banks() -> None:
-    """Neighbours, losses and gradients with a bank that is shared out are those with the whole, as are those of shared queries."""
+def check_shared_rows() -> None:
+    """What processes make of their rows is what one makes of all: clusters' distances, CMFP, scores."""
     generator = torch.Generator().manual_seed(1)
-    features = F.normalize(torch.randn(31, 16, generator=generator))
-    expected = ops.jaccard(features, 8, 3)
+    vis, ir = (F.normalize(torch.randn(count, 16, generator=generator)) for count in (31, 9))
+    expected = ops.jaccard(vis, 8, 3), *ops.cmfp(vis, ir, 4)
     with distributed.sharing():
-        found = ops.jaccard(features, 8, 3)
-    assert torch.equal(found.to_dense(), expected.to_dense())
+        found = ops.jaccard(vis, 8, 3), *ops.cmfp(vis, ir, 4)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.to_dense(), other.to_dense())
+    ids, cams = (torch.arange(31) % 5, torch.arange(9) % 4), (torch.zeros(31).long(), torch.ones(9).long())
+    expected_values, expected_count = score(trial_distance(vis, ir, None), ids, cams, "plain")
+    with mock.patch.object(evaluate, "BLOCK_ENTRIES", 4 * len(ir)):  # four queries a block
+        values, count = evaluate.score_features(vis, ir, ids, cams, "plain")
+    assert count == expected_count and values.keys() == expected_values.keys()
+    assert all(abs(values[name] - expected_values[name]) < 1e-9 for name in values)
+
+
+def check_banks() -> None:
+    """Neighbours, losses and gradients with a bank that is shared out are those with the whole."""
+    generator = torch.Generator().manual_seed(1)
     for rows, shape in itertools.product((37, 3), ((), (2,))):  # of three rows, one of four processes has none
         bank, features = (
             F.normalize(torch.randn(*shape, count, 16, generator=generator), dim=-1) for count in (rows, 23)

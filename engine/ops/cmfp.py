@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine import distributed
 from engine.ops import _check, _cuda, _native
 from engine.ops._backend import pick
 from engine.ops._precision import accumulation_dtype, check_precision, products
@@ -54,13 +55,28 @@ def cmfp(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: 
     _check.no_nan("ir", ir)
     _check.count("k", k)
     check_precision(precision)
-    return pick("cmfp", vis, ir)(vis, ir, k, normalize=normalize, precision=precision)
+    compute = pick("cmfp", vis, ir)
+    if not distributed.is_sharing():
+        return compute(vis, ir, k, normalize=normalize, precision=precision)
+    vis_runs, ir_runs = (distributed.shares(len(part)) for part in (vis, ir))
+    own = vis_runs[distributed.rank()], ir_runs[distributed.rank()]
+    some = _cpu if compute is cpu else _reference
+    with distributed.sharing(False):
+        new_vis, new_ir = some(vis, ir, k, *own, normalize=normalize, precision=precision)
+    return distributed.gather_shares(new_vis, vis_runs), distributed.gather_shares(new_ir, ir_runs)
 
 
 def reference(
     vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: str = "ieee"
 ) -> tuple[Tensor, Tensor]:
     """The four blocks one after the other, none of them dense."""
+    return _reference(vis, ir, k, slice(None), slice(None), normalize=normalize, precision=precision)
+
+
+def _reference(
+    vis: Tensor, ir: Tensor, k: int, vis_rows: slice, ir_rows: slice, *, normalize: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Some rows of each modality."""
     dtype = accumulation_dtype(vis, ir)
     unit_vis, unit_ir = functional.normalize(vis.to(dtype), dim=1), functional.normalize(ir.to(dtype), dim=1)
 
@@ -69,19 +85,32 @@ def reference(
         sums = propagate(to_vis, unit_vis) + propagate(to_ir, unit_ir)
         return functional.normalize(sums, dim=1) if normalize else sums
 
-    return spread(unit_vis).to(vis.dtype), spread(unit_ir).to(ir.dtype)
+    return spread(unit_vis[vis_rows]).to(vis.dtype), spread(unit_ir[ir_rows]).to(ir.dtype)
 
 
 def cpu(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: str = "ieee") -> tuple[Tensor, Tensor]:
     """csrc/cmfp.cpp: every similarity is computed once and serves both of its rows; no normalised copy is made."""
+    rows = slice(0, len(vis)), slice(0, len(ir))
+    return _cpu(vis, ir, k, *rows, normalize=normalize, precision=precision)
+
+
+def _cpu(
+    vis: Tensor, ir: Tensor, k: int, vis_rows: slice, ir_rows: slice, *, normalize: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Some rows of each modality, to the bit those of all, though every similarity then serves one row."""
     dtype = accumulation_dtype(vis, ir)
     vis, ir = vis.contiguous(), ir.contiguous()
-    new_vis, new_ir = vis.new_zeros(vis.shape, dtype=dtype), ir.new_zeros(ir.shape, dtype=dtype)
+    counts = [rows.stop - rows.start for rows in (vis_rows, ir_rows)]
+    new_vis, new_ir = (vis.new_zeros(count, vis.shape[1], dtype=dtype) for count in counts)
     _native.function("cmfp", dtype)(
         *_native.rows(vis),
         *_native.rows(ir),
         vis.shape[0],
         ir.shape[0],
+        vis_rows.start,
+        counts[0],
+        ir_rows.start,
+        counts[1],
         vis.shape[1],
         k,
         normalize,

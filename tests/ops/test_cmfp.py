@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from engine import ops
 from engine.ops import use_backend
-from engine.ops.cmfp import reference
+from engine.ops.cmfp import _cpu, _reference, reference
 
 BACKENDS = ("cpu", "reference")
 
@@ -53,6 +53,18 @@ def test_equals_four_dense_blocks(sizes, normalize, backend):
     expected = four_dense_blocks(vis, ir, k, normalize)
     for result, block in zip(ops.cmfp(vis, ir, k, normalize=normalize), expected, strict=True):
         torch.testing.assert_close(result, block, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_some_rows_in_cpp_are_to_the_bit_those_of_all(dtype):
+    vis, ir = (3 * unit_rows(count, 21, count).to(dtype) for count in (150, 67))
+    options = {"normalize": True, "precision": "ieee"}
+    whole = ops.cmfp(vis, ir, 5)
+    for rows in ((slice(0, 150), slice(0, 0)), (slice(3, 70), slice(60, 67)), (slice(149, 150), slice(0, 67))):
+        for part, expected, run in zip(_cpu(vis, ir, 5, *rows, **options), whole, rows, strict=True):
+            assert torch.equal(part, expected[run])
+        for part, expected, run in zip(_reference(vis, ir, 5, *rows, **options), whole, rows, strict=True):
+            torch.testing.assert_close(part, expected[run], rtol=1e-2, atol=1e-2 if dtype.itemsize == 2 else 1e-5)
 
 
 def test_a_missing_modality_leaves_the_own_block(backend):
