@@ -135,7 +135,9 @@ def test_commands_name_tools_and_options_that_exist(name):
         source = ROOT / "tools" / f"{tool}.py"
         assert source.is_file(), f"{name}: there is no tools/{tool}.py"
         text = source.read_text()
-        shared = [ROOT / "tools" / f"{module}.py" for module in re.findall(r"^import (\w+)$", text, re.MULTILINE)]
+        shared = [
+            ROOT / "tools" / f"{module}.py" for module in re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)
+        ]
         text += "".join(path.read_text() for path in shared if path.is_file())
         options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
         missing = [option for option in options if f'"{option}"' not in text and option != "--help"]

@@ -21,9 +21,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import experiments
+import score_table
 from ablate_tables import TABLES, Table
 from experiments import Run
-from score_table import Line, comma_separated, latex, markdown, published
+from score_table import Line, markdown, published
 
 from engine import config, data
 from engine.config import Config
@@ -34,18 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = "; ".join(f"{name}: {table.title}" for name, table in TABLES.items())
     parser.add_argument("--table", required=True, choices=TABLES, metavar="TABLE", help=tables)
-    parser.add_argument("--cfg", required=True, metavar="NAME", help="a YAML file, or one that comes with the engine")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per row, from `seed` on (default: 3)")
-    parser.add_argument("--out", default="runs/ablate", metavar="DIR", help="of the run folders (default: runs/ablate)")
-    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting in all rows")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--latex", action="store_const", dest="form", const=latex, help="print a LaTeX tabular")
-    form.add_argument("--csv", action="store_const", dest="form", const=comma_separated, help="print numbers only")
-    arguments = parser.parse_args()
-    for name in ("seeds", "jobs"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    arguments = score_table.parse(parser, "runs/ablate", 3, "runs per row, from `seed` on")
     table = TABLES[arguments.table]
     base = config.load(arguments.cfg, arguments.set)
     protocols = _check(base, table.method)

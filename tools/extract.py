@@ -29,17 +29,9 @@ def main() -> int:
     parser.add_argument("--modality", choices=("vis", "ir"), required=True, help="of the images")
     parser.add_argument("--out", metavar="FILE", required=True, help="features.npz or features.safetensors")
     parser.add_argument(
-        "--no-mirror", action="store_true", help="features of the images alone, without their mirror images"
-    )
-    parser.add_argument(
         "--strict", action="store_true", help="refuse unreadable images, which else are named and left out"
     )
-    parser.add_argument("--batch", type=int, default=0, metavar="N", help="images of a forward pass (evaluate.batch)")
-    parser.add_argument(
-        "--cfg", default="", metavar="NAME", help="configuration, where RUN is weights that others released"
-    )
-    parser.add_argument("--checkpoint", default="last", metavar="NAME", help="last (default), best, stage1, ...")
-    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting")
+    add_network_options(parser)
     arguments = parser.parse_args()
     out = Path(arguments.out)
     index.check_name(out)
@@ -56,6 +48,19 @@ def main() -> int:
     index.save(out, found)
     print(f"{out}: {len(found)} images, {found.features.shape[1]} dimensions")
     return 0
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """What a tool asks about the network of RUN and about how it looks at images."""
+    parser.add_argument(
+        "--no-mirror", action="store_true", help="features of the images alone, without their mirror images"
+    )
+    parser.add_argument("--batch", type=int, default=0, metavar="N", help="images of a forward pass (evaluate.batch)")
+    parser.add_argument(
+        "--cfg", default="", metavar="NAME", help="configuration, where RUN is weights that others released"
+    )
+    parser.add_argument("--checkpoint", default="last", metavar="NAME", help="last (default), best, stage1, ...")
+    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting")
 
 
 if __name__ == "__main__":

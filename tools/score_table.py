@@ -1,9 +1,10 @@
-"""Tables of scores over several runs, with a paper's numbers beside them: Markdown, LaTeX, CSV."""
+"""Tables of scores over several runs, with a paper's numbers beside them: Markdown, LaTeX, CSV; and how to ask for them."""
 
 from __future__ import annotations
 
 import csv
 import io
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,27 @@ from engine.config import Config
 from engine.evaluate import Score
 
 METRICS = ("R1", "mAP", "mINP")
+
+
+def parse(parser: ArgumentParser, out: str, seeds: int, what: str) -> Namespace:
+    """The command line of a tool that trains several runs and prints a table of them.
+
+    Args:
+        out: where the run folders go unless told; seeds: how many runs; what: which these are.
+    """
+    parser.add_argument("--cfg", required=True, metavar="NAME", help="a YAML file, or one that comes with the engine")
+    parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"{what} (default: {seeds})")
+    parser.add_argument("--out", default=out, metavar="DIR", help=f"of the run folders (default: {out})")
+    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting in all runs")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--latex", action="store_const", dest="form", const=latex, help="print a LaTeX tabular")
+    form.add_argument("--csv", action="store_const", dest="form", const=comma_separated, help="print numbers only")
+    arguments = parser.parse_args()
+    for name in ("seeds", "jobs"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    return arguments
 
 
 @dataclass(frozen=True)

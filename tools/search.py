@@ -16,6 +16,8 @@ from typing import Any
 # To be said before torch loads: threads that spin while they wait cost tenfold where something else holds a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from extract import add_network_options
+
 from engine import checkpoint, index, report, search, trained
 from engine.data import folder
 from engine.errors import UserError, run_tool
@@ -57,15 +59,7 @@ def main() -> int:
     parser.add_argument(
         "--picture", metavar="FILE", help=f"draw the matches of the first {PICTURED} queries, as .png or .jpg"
     )
-    parser.add_argument(
-        "--no-mirror", action="store_true", help="features of the images alone, without their mirror images"
-    )
-    parser.add_argument("--batch", type=int, default=0, metavar="N", help="images of a forward pass (evaluate.batch)")
-    parser.add_argument(
-        "--cfg", default="", metavar="NAME", help="configuration, where RUN is weights that others released"
-    )
-    parser.add_argument("--checkpoint", default="last", metavar="NAME", help="last (default), best, stage1, ...")
-    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting")
+    add_network_options(parser)
     arguments = parser.parse_args()
     if arguments.rerank and arguments.faiss:
         raise UserError("--rerank: looks at all distances, which --faiss does not compute; leave one of them away")

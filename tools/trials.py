@@ -21,9 +21,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import experiments
+import score_table
 from ablate_tables import FIRM, SALCR, Numbers
 from experiments import Run
-from score_table import Line, comma_separated, latex, markdown, published
+from score_table import Line, markdown, published
 
 from engine import config, data
 from engine.config import Config
@@ -43,20 +44,7 @@ BEST = "best epoch, chosen on test scores"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, metavar="NAME", help="a YAML file, or one that comes with the engine")
-    parser.add_argument(
-        "--seeds", type=int, default=10, metavar="N", help="runs; of RegDB its first N splits (default: 10)"
-    )
-    parser.add_argument("--out", default="runs/trials", metavar="DIR", help="of the run folders (default: runs/trials)")
-    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one setting in all runs")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--latex", action="store_const", dest="form", const=latex, help="print a LaTeX tabular")
-    form.add_argument("--csv", action="store_const", dest="form", const=comma_separated, help="print numbers only")
-    arguments = parser.parse_args()
-    for name in ("seeds", "jobs"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    arguments = score_table.parse(parser, "runs/trials", 10, "runs; of RegDB its first N splits")
     base = config.load(arguments.cfg, arguments.set)
     wanted = plan(base, arguments.cfg, arguments.set, arguments.seeds, Path(arguments.out))
     dataset = data.read(wanted[0].config.data)  # the demo is drawn here, once for all runs

@@ -185,9 +185,9 @@ def test_the_papers_numbers_stand_beside_ours():
     assert heads == ["all single-shot R1", "mAP", "mINP", "indoor single-shot R1", "mAP", "mINP"]
     assert "50.00 ± 1.25 (64.44)" in text and "50.00 ± 1.25 (68.73)" in text
     assert "50.00 (40.83)" in text and text.count("failed") == 6
-    tabular = ablate.latex([*lines, line("N_p = 2"), line("+ L^g")], protocols)
+    tabular = score_table.latex([*lines, line("N_p = 2"), line("+ L^g")], protocols)
     assert r"SALCR & 50.00 $\pm$ 1.25 (64.44) & " in tabular and r"N\_p = 2 & " in tabular and r"+ L\^{}g & " in tabular
-    rows = list(csv.DictReader(ablate.comma_separated(lines, protocols).splitlines()))
+    rows = list(csv.DictReader(score_table.comma_separated(lines, protocols).splitlines()))
     assert len(rows) == 12
     assert rows[3] == {
         "row": "SALCR",
