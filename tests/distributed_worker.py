@@ -76,14 +76,17 @@ def check_shared_rows() -> None:
     generator = torch.Generator().manual_seed(1)
     vis, ir = (F.normalize(torch.randn(count, 16, generator=generator)) for count in (31, 9))
     expected = ops.jaccard(vis, 8, 3), *ops.cmfp(vis, ir, 4)
-    with distributed.sharing():
+    watched = mock.patch.object(distributed, "gather_shares", wraps=distributed.gather_shares)
+    with distributed.sharing(), watched as gathered:
         found = ops.jaccard(vis, 8, 3), *ops.cmfp(vis, ir, 4)
+    assert gathered.call_count == 4  # values and numbers of neighbours; visible and infrared features
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.to_dense(), other.to_dense())
     ids, cams = (torch.arange(31) % 5, torch.arange(9) % 4), (torch.zeros(31).long(), torch.ones(9).long())
     expected_values, expected_count = score(trial_distance(vis, ir, None), ids, cams, "plain")
-    with mock.patch.object(evaluate, "BLOCK_ENTRIES", 4 * len(ir)):  # four queries a block
+    with mock.patch.object(evaluate, "BLOCK_ENTRIES", 4 * len(ir)), watched as gathered:  # four queries a block
         values, count = evaluate.score_features(vis, ir, ids, cams, "plain")
+    assert gathered.call_count == 1
     assert count == expected_count and values.keys() == expected_values.keys()
     assert all(abs(values[name] - expected_values[name]) < 1e-9 for name in values)
 
