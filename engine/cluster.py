@@ -144,5 +144,5 @@ def relabel_nearest(features: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     """
     lengths = means.square().sum(1)
     blocks = features.split(max(1, BLOCK_ENTRIES // max(1, len(means))))
-    nearest = [(lengths - 2 * rows @ means.T).argmin(1) for rows in blocks]
+    nearest = [(lengths - 2 * (rows @ means.T)).argmin(1) for rows in blocks]
     return torch.where(labels >= 0, torch.cat(nearest), labels)
