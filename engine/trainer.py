@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -465,8 +465,7 @@ class Trainer:
         best = content["best"]
         self.state = State(
             content["started"],
-            content["epoch"],
-            content["step"],
+            *_place(content, self.config.train.stages),
             _labels(content["labels"], self.device),
             content["labels_kept"],
             moved,
@@ -484,8 +483,8 @@ class Trainer:
         """Take over a network that finished some stages, and begin after them."""
         content = checkpoint.load(checkpoint.locate(source, "stage1"))
         checkpoint.load_network(self.network, content, fresh="parts")  # stage 1 trains none
-        done, ends = content["epoch"], np.cumsum([stage.epochs for stage in self.config.train.stages])
-        if done not in ends[:-1] or content["step"]:
+        done, ends = content.get("epoch"), list(accumulate(stage.epochs for stage in self.config.train.stages))
+        if done not in ends[:-1] or content.get("step") != 0:
             raise UserError(
                 f"train.start_from: {source} was saved after {done} epochs; with train.stages of "
                 f"{', '.join(str(stage.epochs) for stage in self.config.train.stages)} epochs it must end a stage but the "
@@ -507,6 +506,15 @@ def _schedule(stages: tuple[Stage, ...]) -> Iterator[tuple[int, int]]:
         for _ in range(stage.epochs):
             yield epoch, index
             epoch += 1
+
+
+def _place(content: dict[str, Any], stages: tuple[Stage, ...]) -> tuple[int, int]:
+    """Epoch and step that a checkpoint goes on with, or a `ValueError` where the run has no such step."""
+    epoch, step = content["epoch"], content["step"]
+    ends = [*(stages[stage].iterations for _, stage in _schedule(stages)), 0]  # a finished run is behind its last epoch
+    if not (type(epoch) is type(step) is int and 0 <= epoch < len(ends) and 0 <= step <= ends[epoch]):
+        raise ValueError(f"epoch {epoch!r}, step {step!r}: this run has {len(ends) - 1} epochs")
+    return epoch, step
 
 
 def _assert_finite(term: Tensor, name: str) -> None:

@@ -221,6 +221,24 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(whole, tmp_path):
         checkpoint.locate(str(whole[0]), "stage7")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"epoch": 5}, {"epoch": -1}, {"epoch": "1"}, {"epoch": 4, "step": 1}, {"epoch": 0, "step": 99}, {"step": 1.0}],
+)
+def test_a_checkpoint_goes_on_only_with_a_step_of_its_run(whole, sysu_tree, cache, wrong, monkeypatch):
+    content = checkpoint.load(whole[0] / "last.pt") | wrong
+    monkeypatch.setattr(checkpoint, "latest", lambda folder: (content, folder / "last.pt"))
+    with pytest.raises(UserError, match=r"not a checkpoint to go on from .*this run has 4 epochs"):
+        Trainer(settings(sysu_tree, cache), whole[0], resume=True).run()
+
+
+@pytest.mark.parametrize("wrong", [{"epoch": "2"}, {"epoch": None}, {"step": 1}, {"step": "x"}])
+def test_a_network_is_taken_over_only_from_the_end_of_a_stage(whole, sysu_tree, cache, tmp_path, wrong):
+    checkpoint.save(tmp_path / "x.pt", checkpoint.load(whole[0] / "stage1.pt") | wrong)
+    with pytest.raises(UserError, match=r"must end a stage but the last \(after 2\)"):
+        start(settings(sysu_tree, cache, f"train.start_from={tmp_path / 'x.pt'}"), tmp_path / "run")
+
+
 def test_a_changed_data_set_is_noticed_on_resume(whole, sysu_tree, cache):
     with pytest.raises(UserError, match="the training images are not those this run was started with"):
         Trainer(settings(sysu_tree, cache, "data.split=val"), whole[0], resume=True).run()
