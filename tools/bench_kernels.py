@@ -11,12 +11,16 @@ quartiles, counted work over time, and how many times faster the engine is. `--s
 The pages of the repository are made by
 
     python tools/bench_kernels.py --json docs/benchmarks.json --markdown docs/benchmarks.md --plot docs/benchmarks.png
+    python tools/bench_kernels.py --readme
     python tools/bench_kernels.py --scale --json docs/benchmarks_growth.json --markdown docs/benchmarks_growth.md
+
+where `--readme` measures nothing: it writes the README's table from docs/benchmarks.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shlex
@@ -32,6 +36,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when OpenMP is loaded: threads that wait leave the core
 
+import readme_part
 import torch
 from bench_cases import CASES, SIZES, grown
 from bench_measure import (
@@ -46,7 +51,7 @@ from bench_measure import (
     run_case,
     sample,
 )
-from bench_report import Growth, cells, growth_lines, line, markdown, plot, title_line, write_json
+from bench_report import Growth, cells, growth_lines, line, markdown, plot, summary, title_line, write_json
 
 from engine import info
 from engine.ops._backend import BACKENDS
@@ -55,6 +60,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 PEER_PACKAGES = ("faiss-cpu", "pot", "geomloss")
 POLICIES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "OPENBLAS_CORETYPE", "ENGINE_ISA")
 GROWING = ("topk", "jaccard", "dbscan", "cmfp", "sinkhorn", "neighbor_contrast", "propagate", "segment_mean", "rank")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.json"
 COUNTS = tuple(1000 * 2**power for power in range(1, 7))
 PATIENCE = 30.0
 """Seconds that a call of `--scale` may take."""
@@ -85,6 +91,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write header and rows to this file")
     parser.add_argument("--markdown", type=Path, help="write the page")
     parser.add_argument("--plot", type=Path, help="draw the speed-ups")
+    parser.add_argument("--readme", action="store_true", help="only write the README's table from docs/benchmarks.json")
     return parser.parse_args(given)
 
 
@@ -210,6 +217,9 @@ def exponent(points: list[tuple[int, float]]) -> float | None:
 
 def main(given: list[str]) -> None:
     arguments = parse(given)
+    if arguments.readme:
+        readme_part.write("bench_kernels", summary(json.loads(PAGE.read_text())))
+        return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no CUDA device")
     if arguments.plot and find_spec("matplotlib") is None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bench_measure import Ceiling, Row
 
@@ -128,6 +130,87 @@ def growth_lines(growths: Iterable[Growth]) -> list[str]:
 
 def exponent_text(growth: Growth) -> str:
     return "?" if growth.exponent is None else f"{growth.exponent:.2f}"
+
+
+# The README
+
+SHOWN = (
+    (
+        "clustering {size}: k-NN, Jaccard, DBSCAN",
+        ("jaccard", "+ dbscan with the k-NN", "22258 x 2048"),
+        {"field's loops": "{time}, {memory}: loops in numpy, dense scikit-learn DBSCAN"},
+    ),
+    (
+        "30 nearest neighbours, {size}",
+        ("topk", "self, k 30", "22258 x 2048"),
+        {
+            "faiss": "FAISS {time}",
+            "faiss, AVX-512 BLAS": "FAISS with an AVX-512 BLAS {time}",
+            "torch chunked": "PyTorch {time}",
+            "scikit-learn": "scikit-learn {time}",
+        },
+    ),
+    (
+        "CMFP, {size}",
+        ("cmfp", "k 30", "(22258 + 11909) x 2048"),
+        {"dense sort + matmul": "{time}, {memory}: four dense blocks"},
+    ),
+    (
+        "contrast of 256 features with 34,167 instances, forward and backward",
+        ("neighbor_contrast", "fwd + bwd", "256 x 34167 x 2048"),
+        {"torch eager": "PyTorch {time}, {memory}", "torch.compile": "torch.compile {time}"},
+    ),
+    (
+        "contrast of 256 features with 800 clusters, and memory update",
+        ("cluster_contrast", "fwd + bwd + update", "256 x 800 x 2048"),
+        {"torch + Python loop": "PyTorch and a Python loop {time}"},
+    ),
+    (
+        "Sinkhorn, {size}, an iteration",
+        ("sinkhorn", "an iteration of 20", "11909 x 800"),
+        {
+            "torch linear": "PyTorch {time}",
+            "torch log": "PyTorch in the log domain, as safe as ours, {time}",
+            "POT": "POT {time}",
+            "GeomLoss": "GeomLoss {time}",
+        },
+    ),
+    (
+        "evaluation, 3,803 queries, 301 in the gallery",
+        ("rank", "", "3803 x 301"),
+        {"field's Python": "{time}: loops in Python"},
+    ),
+)
+"""Lines of the README's table: its words, the case by operator, form and size, and the words for others by contender."""
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """The README's table, from what `write_json` wrote; values in float32."""
+    rows = [row for row in content["rows"] if row["dtype"] == "float32"]
+    body = []
+    for words, (op, form, size), others in SHOWN:
+        found = [row for row in rows if (row["op"], row["form"], row["size"]) == (op, form, size)]
+        own = next(row for row in found if row["ours"])
+        timed = {row["contender"]: row for row in found if row["median"] is not None}
+        engine = f"**{duration(own['median'])}**" + (f", {amount(own['memory'])}" if own["memory"] is not None else "")
+        cell = "; ".join(
+            text.format(time=duration(timed[name]["median"]), memory=amount(timed[name]["memory"] or 0))
+            for name, text in others.items()
+            if name in timed
+        )
+        body.append((words.format(size=re.sub(r"(\d{2})(\d{3})\b", r"\1,\2", size)), engine, cell))
+    return table(("", "engine", "others"), body) + "\n"
+
+
+def duration(milliseconds: float) -> str:
+    if milliseconds < 999.5:
+        return f"{milliseconds:.{0 if milliseconds >= 99.95 else 1}f} ms"
+    return f"{milliseconds / 1e3:.{0 if milliseconds >= 99950 else 1}f} s"
+
+
+def amount(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e6:.0f} MB" if count < 999.5e6 else f"{count / 1e9:.1f} GB"
 
 
 # Files

@@ -41,13 +41,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]  # nothing has to be installed
 
+import readme_part
 import torch
 from gpu_report import REPORT
 
 from engine import checkpoint, info
 
 FOLDER = ROOT / "docs" / "gpu"
-BEGIN, END = "<!-- written by tools/gpu_check.py --readme -->\n", "<!-- end -->\n"
 UNMEASURED = "GPU timings are still to be measured."
 PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "pytest", "hypothesis", "pybind11", "faiss-gpu", "cuml-cu12", "cuml-cu13")
 
@@ -472,15 +472,6 @@ def source(record: Record, sources: str) -> str:
     return f"{record.machine['gpu']} at commit `{record.commit}`{stale}"
 
 
-def readme(text: str, content: str) -> str:
-    """The README with `content` between the marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md must hold {BEGIN.strip()!r} and then {END.strip()!r}")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
-
-
 def parse(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_mutually_exclusive_group()
@@ -498,8 +489,7 @@ def parse(given: list[str]) -> argparse.Namespace:
 def main(given: list[str]) -> int:
     arguments = parse(given)
     if arguments.readme:
-        path = ROOT / "README.md"
-        path.write_text(readme(path.read_text(), section(records(), source_hash())))
+        readme_part.write("gpu_check", section(records(), source_hash()))
         return 0
     if not torch.cuda.is_available():
         print("torch sees no CUDA device here, so there is nothing to check; run this on a machine with a GPU")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import gpu_check
 import gpu_report
+import readme_part
 from gpu_check import Record, Step
 
 TIMED = {"op": "topk", "form": "self", "size": "4 x 2", "dtype": "float32", "ceiling": 0.5, "ours": False}
@@ -64,7 +65,8 @@ def test_without_a_gpu_nothing_is_checked(monkeypatch, capsys, tmp_path):
 
 def test_the_readme_says_what_the_newest_files_say():
     text = (ROOT / "README.md").read_text()
-    expected = gpu_check.readme(text, gpu_check.section(gpu_check.records(), gpu_check.source_hash()))
+    content = gpu_check.section(gpu_check.records(), gpu_check.source_hash())
+    expected = readme_part.replaced(text, "gpu_check", content)
     assert text == expected, "run: python tools/gpu_check.py --readme"
 
 
@@ -102,15 +104,6 @@ def test_the_newest_tests_and_the_newest_timings_are_shown_and_where_they_are_st
     assert "Tests on one NVIDIA H200 at commit `def5678`: 1 failed, 1 passed." in text
     assert LINE in text
     assert "stale" not in gpu_check.section([RECORD], "0123")
-
-
-def test_the_readme_is_changed_between_its_marks_only():
-    text = f"before\n{gpu_check.BEGIN}old\n{gpu_check.END}after\n"
-    changed = gpu_check.readme(text, "new\n")
-    assert changed == f"before\n{gpu_check.BEGIN}\nnew\n\n{gpu_check.END}after\n"
-    assert gpu_check.readme(changed, "new\n") == changed
-    with pytest.raises(ValueError, match="must hold"):
-        gpu_check.readme("no marks", "new\n")
 
 
 def test_the_hash_is_that_of_names_and_contents_of_the_kernels(monkeypatch, tmp_path):
