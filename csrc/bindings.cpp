@@ -24,6 +24,7 @@
 #include "set_union.h"
 #include "sinkhorn.h"
 #include "soft_contrast.h"
+#include "sources.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -225,6 +226,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("sinkhorn_float64", &sinkhorn<double>, release);
   module.def("soft_contrast_float32", &soft_contrast<float>, release);
   module.def("soft_contrast_float64", &soft_contrast<double>, release);
+  module.def("sources", &engine::sources);
   module.def("topk_float32", &topk<float>, release);
   module.def("topk_float64", &topk<double>, release);
 }

@@ -262,6 +262,7 @@ def soft_contrast_float64(
     gradients: int,
     threads: int,
 ) -> None: ...
+def sources() -> str: ...
 def topk_float32(
     queries: int,
     queries_storage: int,

@@ -11,6 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from engine import _C, ops
+from engine.ops import _backend, _native
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +59,37 @@ def test_the_native_module_does_not_depend_on_torch():
     code = "import engine._C, sys; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout == "False\n"
+
+
+def test_native_code_of_other_sources_is_not_run(tmp_path, monkeypatch):
+    """It takes addresses, and would read and write where they no longer point."""
+    changed = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", changed)
+    (tmp_path / "engine").mkdir()
+    monkeypatch.setattr(_native, "PACKAGE", tmp_path / "engine")
+    stale = _native.stale.__wrapped__
+    assert not stale()
+    (changed / "notes.txt").touch()
+    assert not stale()
+    (changed / "topk.cu").write_text((changed / "topk.cu").read_text() + " ")
+    assert stale()
+    (tmp_path / "engine" / "csrc").mkdir()  # a package: what lies beside it is somebody else's
+    assert not stale()
+    (tmp_path / "engine" / "csrc").rmdir()
+    monkeypatch.delattr(_C, "sources")  # as in what was built before this was looked at
+    assert stale()
+
+
+def test_operators_say_what_to_do_about_native_code_of_other_sources(monkeypatch):
+    monkeypatch.setattr(_native, "stale", lambda: True)
+    monkeypatch.setattr(_backend, "_find", _backend._find.__wrapped__)
+    monkeypatch.setattr(_backend, "_warn_once", _backend._warn_once.__wrapped__)
+    rows = torch.eye(3)
+    with pytest.warns(UserWarning, match=r"built from other sources than csrc/ holds now; run: pip install -e \."):
+        values, _ = ops.topk(rows, rows, 1)
+    assert values.tolist() == [[1], [1], [1]]
+    with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="asked for but cannot run: .* other sources"):
+        ops.topk(rows, rows, 1)
 
 
 @pytest.fixture(scope="module")

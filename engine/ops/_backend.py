@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ops import _cuda
+from engine.ops import _cuda, _native
 from engine.ops._precision import accumulation_dtype
 
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -116,10 +116,10 @@ def _find(op: str, name: str) -> tuple[Callable[..., Any] | None, str | None]:
     if name == "reference":
         return getattr(module, "rows", module.reference), None
     try:
+        if _native.stale():
+            return None, "engine._C was built from other sources than csrc/ holds now; run: pip install -e ."
         if name == "cuda":
             _cuda.loader(op)
-        else:
-            importlib.import_module("engine._C")
     except _cuda.Unavailable as reason:
         return None, str(reason)
     except ImportError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,27 @@ from torch import Tensor
 
 STORAGES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 """The numbers of csrc/rows.h."""
+
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@cache
+def stale() -> bool:
+    """Whether engine._C, which takes addresses on trust, was built from other sources than those in the checkout it is of.
+
+    Raises:
+        ImportError: engine._C is not built.
+    """
+    from engine import _C
+
+    folder = PACKAGE.parent / "csrc"
+    if (PACKAGE / "csrc").is_dir() or not folder.is_dir():  # a package, which was built as a whole
+        return False
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".h", ".cpp", ".cu"))
+    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files)
+    # Those built before this was looked at have no such function.
+    return hashlib.sha256("".join(lines).encode()).hexdigest() != getattr(_C, "sources", str)()
 
 
 def function(name: str, dtype: torch.dtype) -> Callable[..., Any]:

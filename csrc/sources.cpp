@@ -1,0 +1,7 @@
+#include "sources.h"
+
+namespace engine {
+
+const char* sources() { return ENGINE_SOURCES; }
+
+}  // namespace engine
