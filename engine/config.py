@@ -456,9 +456,7 @@ def _build(kind: type[S], value: Any, path: str) -> S:
     dot = f"{path}." if path else ""
     for key in content:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, 1, 0.5)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(fields) or 'none'}"
-            raise UserError(f"{dot}{key}: no such setting; {hint}")
+            raise UserError(f"{dot}{key}: no such setting; {_hint(str(key), hints)}")
     for key, item in fields.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and key not in content:
@@ -468,6 +466,22 @@ def _build(kind: type[S], value: Any, path: str) -> S:
         return kind(**values)
     except ValueError as error:
         raise UserError(f"{dot}{error}") from error
+
+
+def _hint(key: str, kinds: dict[str, Any]) -> str:
+    """What may be meant by a name that is none of `kinds`: the same one within a section, or one like it."""
+    from engine import methods
+
+    known = [name for name in kinds if name != "settings"] + list(methods.BUILT_IN if "settings" in kinds else ())
+    within = []
+    for name, kind in kinds.items():
+        inner, place = (get_args(kind)[0], f"{name}.0") if get_origin(kind) is tuple else (kind, name)
+        if dataclasses.is_dataclass(inner) and key in {item.name for item in dataclasses.fields(inner)}:
+            within.append(f"{place}.{key}")
+    found = within or difflib.get_close_matches(key.lower(), known, 1, 0.5)
+    if found:
+        return f"did you mean {' or '.join(map(repr, found))}?"
+    return f"known: {', '.join(known) or 'none'}"
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
@@ -493,7 +507,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return Pair(*(_convert(arguments[0], value[key], f"{path}.{key}") for key in ("vis", "ir")))
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{path}: expected a list, got {value!r}")
+            raise UserError(f"{path}: expected a list, as in [1, 2], got {value!r}")
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(inner) != len(value):
             raise UserError(f"{path}: expected {len(inner)} values, got {value!r}")
@@ -514,26 +528,44 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
 
 def _check(config: Config) -> None:
     """Ranges that types cannot say."""
-    stages = config.train.stages
+    data, augment, memory, optim, train = config.data, config.augment, config.memory, config.optim, config.train
+    stages, warm_up = train.stages, train.warm_up
     rules: list[tuple[str, Any, bool, str]] = [
+        ("seed", config.seed, 0 <= config.seed < 2**63, "0 or more, below 2**63"),
         ("train.stages", len(stages), len(stages) > 0, "at least one stage"),
-        ("data.size", list(config.data.size), min(config.data.size) >= 16, "a height and a width of at least 16"),
-        ("data.max_pixels", config.data.max_pixels, config.data.max_pixels >= 1, "at least 1"),
-        ("memory.temperature", config.memory.temperature, config.memory.temperature > 0, "a number above 0"),
-        ("memory.momentum", config.memory.momentum, 0 <= config.memory.momentum <= 1, "0 to 1"),
-        ("optim.lr", config.optim.lr, config.optim.lr > 0, "a number above 0"),
-        ("optim.warm_up", config.optim.warm_up, config.optim.warm_up >= 0, "at least 0"),
-        ("optim.layer_decay", config.optim.layer_decay, 0 < config.optim.layer_decay <= 1, "above 0, at most 1"),
-        ("optim.clip", config.optim.clip, config.optim.clip >= 0, "at least 0"),
+        ("data.size", list(data.size), min(data.size) >= 16, "a height and a width of at least 16"),
+        ("data.max_pixels", data.max_pixels, data.max_pixels >= 1, "at least 1"),
+        ("data.workers", data.workers, data.workers >= 0, "at least 0"),
+        ("augment.pad", augment.pad, augment.pad >= 0, "at least 0"),
+        ("augment.jitter", augment.jitter, augment.jitter >= 0, "at least 0"),
+        ("memory.temperature", memory.temperature, memory.temperature > 0, "a number above 0"),
+        ("memory.momentum", memory.momentum, 0 <= memory.momentum <= 1, "0 to 1"),
+        ("optim.lr", optim.lr, optim.lr > 0, "a number above 0"),
+        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
+        ("optim.factor", optim.factor, optim.factor > 0, "a number above 0"),
+        ("optim.warm_up", optim.warm_up, optim.warm_up >= 0, "at least 0"),
+        ("optim.layer_decay", optim.layer_decay, 0 < optim.layer_decay <= 1, "above 0, at most 1"),
+        ("optim.clip", optim.clip, optim.clip >= 0, "at least 0"),
         ("cluster.min_samples", config.cluster.min_samples, config.cluster.min_samples >= 1, "at least 1"),
-        ("cluster.k1", config.cluster.k1, min(config.cluster.k1) >= 1, "at least 1"),
         ("cluster.k2", config.cluster.k2, config.cluster.k2 >= 1, "at least 1"),
-        ("cluster.eps", config.cluster.eps, all(0 < eps < 1 for eps in config.cluster.eps), "above 0 and below 1"),
-        ("train.accumulate", config.train.accumulate, config.train.accumulate >= 1, "at least 1"),
+        ("train.accumulate", train.accumulate, train.accumulate >= 1, "at least 1"),
+        ("train.checkpoint_steps", train.checkpoint_steps, train.checkpoint_steps >= 0, "at least 0"),
+        ("train.warm_up.iterations", warm_up.iterations, warm_up.iterations >= 0, "at least 0"),
+        ("train.warm_up.temperature", warm_up.temperature, warm_up.temperature > 0, "a number above 0"),
+        ("train.warm_up.images", warm_up.images, warm_up.images >= 1, "at least 1"),
         ("evaluate.every", config.evaluate.every, config.evaluate.every >= 1, "at least 1"),
         ("evaluate.batch", config.evaluate.batch, config.evaluate.batch >= 1, "at least 1"),
         ("model.bn_group", config.model.bn_group, config.model.bn_group >= 0, "at least 0"),
     ]
+    for name in ("flip", "erase", "grey", "ltg"):
+        chance = getattr(augment, name)
+        rules.append((f"augment.{name}", chance, 0 <= chance <= 1, "a probability, 0 to 1"))
+    for i, drop in enumerate(optim.drops):
+        rules.append((f"optim.drops.{i}", drop, 0 <= drop <= 1, "a part of the stage, 0 to 1"))
+    for modality in ("vis", "ir"):
+        k1, eps = config.cluster.k1[modality], config.cluster.eps[modality]
+        rules.append((f"cluster.k1.{modality}", k1, k1 >= 1, "at least 1"))
+        rules.append((f"cluster.eps.{modality}", eps, 0 < eps < 1, "above 0 and below 1"))
     for place, source in config.data.sources.items():
         rules.append((f"{place}.trial", source.trial, 1 <= source.trial <= 10, "1 to 10"))
     for i, stage in enumerate(stages):
