@@ -33,14 +33,15 @@ def existing(path: Path, what: str, remedy: str = "check data.root") -> Path:
 
 
 def list_images(folder: Path, *, recursive: bool = False) -> list[str]:
-    """Absolute paths of the images in a folder, in name order.
+    """Absolute paths of the images in a folder, in name order; not the hidden files, such as ._0001.jpg, that systems add.
 
     Raises:
         UserError: the folder is unreadable or holds no image.
     """
     try:
         entries = folder.rglob("*") if recursive else folder.iterdir()
-        paths = sorted(str(path.absolute()) for path in entries if path.suffix.lower() in SUFFIXES)
+        found = [path for path in entries if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+        paths = sorted(str(path.absolute()) for path in found)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be read ({error.strerror}); check that it is a folder you may open"

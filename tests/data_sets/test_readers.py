@@ -347,6 +347,16 @@ def test_folder_takes_any_usual_image_and_nothing_else(tmp_path):
     assert sorted(names) == ["1_0.png", "a.JPG", "b.tiff", "c.webp"]
 
 
+def test_files_that_systems_add_are_no_images(tmp_path):
+    """macOS writes ._0001.jpg beside 0001.jpg where a disk knows no attributes."""
+    sysu_root, folder_root = trees.build_sysu(tmp_path / "sysu"), trees.build_folder(tmp_path / "folder")
+    before = sysu.read(sysu_root).train.vis.paths, folder.read(folder_root).train.vis.paths
+    for place in (sysu_root / "cam1" / "0001", folder_root / "visible"):
+        for name in ("._0001.jpg", ".DS_Store", "Thumbs.db"):
+            (place / name).write_bytes(b"-")
+    assert (sysu.read(sysu_root).train.vis.paths, folder.read(folder_root).train.vis.paths) == before
+
+
 def test_folder_damage_is_named(tmp_path):
     root = trees.build_folder(tmp_path, identities=(1, 1), images=1)
     (root / "query" / "somebody.jpg").write_bytes(b"-")
