@@ -6,6 +6,7 @@ computes the same losses; so losses and memories know nothing of slices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,8 +40,10 @@ class Slices:
         self.norms = norm.layers(network)
         self.bn_group, self.parts = config.model.bn_group, config.train.accumulate
         self.count = distributed.world() * self.parts
-        for stage in config.train.stages:  # noticed before anything long begins
-            self.groups([stage.labels * stage.images] * (3 if config.augment.channels else 2))
+        kinds = 3 if config.augment.channels else 2
+        self.batches = [[stage.labels * stage.images] * kinds for stage in config.train.stages]
+        for sizes in self.batches:  # noticed before anything long begins
+            self.groups(sizes)
 
     def compute(self, forward: Callable[..., Output], inputs: Inputs) -> Output:
         """The output of the whole batch, on every process; its map is empty where there is more than one slice.
@@ -92,15 +95,14 @@ class Slices:
         if total % group or any(size % count for size in sizes):
             raise UserError(
                 f"model.bn_group: a batch of {_sum(sizes)} images cannot be divided into groups of {self.bn_group} with "
-                f"equal parts of each kind; choose a divisor of {total} that leaves them equal, for example {total // 2}"
+                f"equal parts of each kind; {self._remedy(sizes)}"
             )
         if count % self.count == 0:
             return count // self.count, 1
         if self.parts > 1:
             raise UserError(
                 f"train.accumulate={self.parts}: BatchNorm takes its statistics of {total // count} images of a batch of "
-                f"{total} at once, which are not computed at once; set model.bn_group to {total // self.count} or a divisor "
-                "of it"
+                f"{total} at once, which are not computed at once; {self._remedy(sizes)}"
             )
         even = not any(size % self.count for size in sizes)
         if self.count % count or (count > 1 and not even):
@@ -110,6 +112,31 @@ class Slices:
                 "for the whole batch, or another number of processes"
             )
         return 1, self.count // count
+
+    def _remedy(self, sizes: Sequence[int]) -> str:
+        """Which groups lie within a slice of this batch and of all others of the run."""
+        batches = [*self.batches, sizes]
+
+        def fits(group: int) -> bool:
+            counts = [sum(batch) // group for batch in batches]
+            return all(
+                sum(batch) == count * group and not count % self.count and not any(size % count for size in batch)
+                for batch, count in zip(batches, counts, strict=True)
+            )
+
+        found = [str(group) for group in range(min(map(sum, batches)), 0, -1) if fits(group)]
+        if found:
+            *more, last = found
+            return f"set model.bn_group to {', '.join(more)}{' or ' * bool(more)}{last}, which fit all stages"
+        if self.parts == 1:
+            return "set model.bn_group to 0 for the whole batch"
+        common, world = math.gcd(*(size for batch in batches for size in batch)), distributed.world()
+        parts = [str(count) for count in range(1, common + 1) if not common % (count * world)]
+        return (
+            f"no model.bn_group fits all stages; set train.accumulate to one of {', '.join(parts)}"
+            if parts
+            else "no model.bn_group fits all stages; choose other batches (train.stages) or another number of processes"
+        )
 
     @property
     def _slices(self) -> str:

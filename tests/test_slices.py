@@ -73,7 +73,7 @@ def test_batches_that_slices_or_groups_cannot_divide_are_refused(tmp_path, monke
         ):
             slices(tmp_path, f"model.bn_group={group}")
     with pytest.raises(
-        UserError, match=r"train\.accumulate=2: BatchNorm .* of 24 images of .* set model\.bn_group to 12 or"
+        UserError, match=r"train\.accumulate=2: BatchNorm .* of 24 images of .* set model\.bn_group to 12, 6 or 3, "
     ):
         slices(tmp_path, "train.accumulate=2")
     with pytest.raises(
@@ -84,10 +84,25 @@ def test_batches_that_slices_or_groups_cannot_divide_are_refused(tmp_path, monke
     with pytest.raises(UserError, match=r"groups of 12 of 8 \+ 8 \+ 8 images do not fit 3 processes; choose 0 for the"):
         slices(tmp_path, "model.bn_group=12")
     monkeypatch.setattr(distributed, "world", lambda: 4)
-    with pytest.raises(UserError, match=r"of 12 images of .* set model\.bn_group to 3 or a divisor"):
+    with pytest.raises(UserError, match=r"of 12 images of .* set model\.bn_group to 3, which fit all"):
         slices(tmp_path, "model.bn_group=12", "train.accumulate=2")
     with pytest.raises(UserError, match=r"cannot be computed in 4 processes, each in 3 parts"):
         slices(tmp_path, "train.accumulate=3")
+
+
+def test_what_a_refusal_recommends_is_accepted(tmp_path):
+    """By all stages: with batches of 24 and of 16 images of a kind, few groups are."""
+    stages = ("train.stages.0.images=12", "train.stages.1.images=8")
+    with pytest.raises(UserError, match=r"groups of 10 .* set model\.bn_group to 24, 12, 6 or 3, which"):
+        slices(tmp_path, *stages, "model.bn_group=10")
+    with pytest.raises(UserError, match=r"set model\.bn_group to 6 or 3, which"):
+        slices(tmp_path, *stages, "train.accumulate=4", "model.bn_group=24")
+    with pytest.raises(UserError, match=r"no model\.bn_group fits .* train\.accumulate to one of 1, 2, 4, 8$"):
+        slices(tmp_path, *stages, "train.accumulate=3")
+    for group in (24, 12, 6, 3):
+        slices(tmp_path, *stages, f"model.bn_group={group}")
+    for group in (6, 3):
+        slices(tmp_path, *stages, "train.accumulate=4", f"model.bn_group={group}")
 
 
 def test_groups_lie_in_slices_or_span_them(tmp_path, monkeypatch):
