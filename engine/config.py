@@ -478,7 +478,7 @@ def _hint(key: str, kinds: dict[str, Any]) -> str:
         inner, place = (get_args(kind)[0], f"{name}.0") if get_origin(kind) is tuple else (kind, name)
         if dataclasses.is_dataclass(inner) and key in {item.name for item in dataclasses.fields(inner)}:
             within.append(f"{place}.{key}")
-    found = within or difflib.get_close_matches(key.lower(), known, 1, 0.5)
+    found = within or difflib.get_close_matches(key.lower(), known, 1)
     if found:
         return f"did you mean {' or '.join(map(repr, found))}?"
     return f"known: {', '.join(known) or 'none'}"

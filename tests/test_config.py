@@ -102,6 +102,7 @@ def test_the_section_of_an_unused_method_is_checked_too():
         ("train.iterations=1", r"did you mean 'stages\.0\.iterations' or 'warm_up\.iterations'\?"),
         ("optim.LR=1", r"optim\.LR: no such setting; did you mean 'lr'\?"),
         ("slacr.reading=paper", r"slacr: no such setting; did you mean 'salcr'\?"),
+        ("base=sysu.yaml", r"base: no such setting; known: data"),
         ("learning_rate=1", r"known: data, train, .*, evaluate, dcl, salcr, firm$"),
         ("optim.lr=fast", r"optim\.lr: expected a number, got 'fast'"),
         ("optim.lr=-1", r"optim\.lr: expected a number above 0, got -1"),
