@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -174,9 +175,9 @@ def _whole(outputs: list[Output], sizes: Sequence[int], count: int) -> Output:
         kinds = len(runs[0])
         return torch.cat([piece for kind in range(kinds) for piece in pieces[kind::kinds]], dim)
 
-    dims = {"features": 0, "parts": 3, "fused": 0, "classes": 1, "content": 0}
-    joined = {name: join(name, dim) for name, dim in dims.items()}
-    return Output(joined["features"].new_empty(0), **joined)
+    names = [field.name for field in fields(outputs[0]) if field.name != "map"]  # a method's own ones among them
+    joined = {name: join(name, {"parts": 3, "classes": 1}.get(name, 0)) for name in names}
+    return replace(outputs[0], map=joined["features"].new_empty(0), **joined)
 
 
 def _sum(sizes: Sequence[int]) -> str:

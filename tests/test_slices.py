@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from small_runs import FIRM, settings
-from torch import nn
+from torch import Tensor, nn
 
 from engine import distributed, methods, shards
 from engine.config import Config
@@ -53,6 +55,19 @@ def test_rows_of_slices_join_to_the_whole_batch(tmp_path):
     rows = torch.cat([vis, ir])
     assert torch.equal(whole.features, rows) and torch.equal(whole.classes, torch.stack([rows, -rows]))
     assert len(whole.map) == 0 and whole.parts is None and whole.fused is None
+
+
+def test_what_a_method_adds_to_the_output_is_joined_too(tmp_path):
+    @dataclass(frozen=True)
+    class Scored(Output):
+        scores: Tensor | None = None
+
+    def forward(vis):
+        return Scored(vis, vis, scores=vis[:, :1])
+
+    vis = torch.rand(5, 3)
+    whole = Slices(nn.Linear(1, 1), run_settings(tmp_path, "train.accumulate=2")).compute(forward, {"vis": vis})
+    assert isinstance(whole, Scored) and torch.equal(whole.scores, vis[:, :1])
 
 
 def test_what_a_part_draws_is_drawn_again_for_its_gradient(tmp_path):

@@ -21,6 +21,8 @@ from engine.model.pooling import GeM
 class Output:
     """What a network gives for a batch. Rows: visible images, their augmented copies where there are any, infrared images.
 
+    A method's network may return a subclass with fields of its own, `[B, ...]` or None.
+
     Attributes:
         map: `[B, D, h, w]` feature map of a convolutional backbone, `[B, T, D]` tokens of a transformer; empty of a batch
             that was computed in slices (`engine.slices`), which do not exchange their maps.
