@@ -22,7 +22,8 @@ def dbscan(distance: Tensor, eps: float, min_samples: int = 4) -> Tensor:
     first cluster of which a core has it as a neighbour, or is noise.
 
     Args:
-        distance: `[N, N]` symmetric `torch.sparse_csr` of a floating dtype; what is not stored is too far.
+        distance: `[N, N]` symmetric `torch.sparse_csr` of a floating dtype; what is not stored is too far, and
+            `to_sparse_csr` of a dense matrix stores no zeros.
         eps: radius.
         min_samples: neighbours that make a core.
 

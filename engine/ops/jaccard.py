@@ -35,7 +35,8 @@ def jaccard(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ie
         features: `[N, D]` float32, float16, bfloat16 or float64; no gradient is computed. Unit rows are the usual case,
             in which distance and inner product give one order; rows of other lengths are taken as they are.
         k1: neighbours of the reciprocal sets, the row itself included; where it exceeds N, all rows are used.
-        k2: neighbours of the query expansion, the row itself included; 1 = none.
+        k2: neighbours of the query expansion, the row itself included, k1 at most; 1 = none (of equal rows, the first
+            one's V for all).
         precision: of the search for neighbours: "ieee" = float32; "fast" = on a GPU it may be TF32 or bfloat16.
 
     Returns:

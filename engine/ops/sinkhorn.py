@@ -52,6 +52,7 @@ class Sinkhorn:
         """Share of the largest entry in its row, `[..., N]` in [0, 1]."""
         return self._each(lambda log_a, scores: _softmax(scores).amax(-1) if scores.shape[-1] else scores.sum(-1))
 
+    @torch.no_grad()  # that of a plan would lack what the cost does to log_v
     def _each(self, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor | list[Tensor]:
         """`function(log_a, log_v - cost / reg)`, the latter up to a constant per row."""
 
@@ -96,7 +97,7 @@ def sinkhorn(
         tol: >= 0.
 
     Returns:
-        A `Sinkhorn`, float64 for float64 costs, else float32. No gradient.
+        A `Sinkhorn`, float64 for float64 costs, else float32. Neither it nor its plan has a gradient.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -330,10 +331,7 @@ def check_weight(name: str, weight: object, shape: Sequence[int], like: Tensor) 
 
 
 def _check_problem(index: str, cost: object, a: Any, b: Any) -> None:
-    if not isinstance(cost, Tensor):
-        raise TypeError(f"cost{index} must be a tensor [..., N, C], got {type(cost).__name__}")
-    if cost.dim() < 2 or cost.dtype not in _check.FLOATS:
-        raise _check.fail(f"cost{index}", "a float tensor of shape [..., N, C]", cost)
+    cost = _check.tensor(f"cost{index}", cost, "... N C")
     check_weight(f"a{index}", a, cost.shape[:-1], cost)
     check_weight(f"b{index}", b, cost.shape[:-2] + cost.shape[-1:], cost)
     _check.no_nan(f"cost{index}", cost)

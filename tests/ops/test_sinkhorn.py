@@ -286,12 +286,20 @@ def test_thread_count_does_not_show_in_large_problems_and_batches(backend):
     same_bits_for_any_thread_count(run)
 
 
+def test_a_plan_is_a_constant():
+    """Its gradient by the cost as it stands would take log_v for one that the cost does not move."""
+    solved = ops.sinkhorn(torch.rand(3, 4, requires_grad=True), 0.1)
+    assert not solved.plan().requires_grad and not solved.confidence().requires_grad
+
+
 def test_wrong_arguments_are_named(monkeypatch):
     cost = torch.ones(3, 4)
     with pytest.raises(TypeError, match="cost must be a tensor or a list of tensors, got float"):
         ops.sinkhorn(1.0, 0.1)
-    with pytest.raises(ValueError, match=r"cost must be a float tensor of shape \[..., N, C\]"):
+    with pytest.raises(ValueError, match=r"cost must be a dense tensor of shape \[..., N, C\]"):
         ops.sinkhorn(torch.ones(3), 0.1)
+    with pytest.raises(ValueError, match=r"cost must be a dense tensor .* got sparse_coo float32 \[3, 4\] on cpu"):
+        ops.sinkhorn(cost.to_sparse(), 0.1)
     with pytest.raises(TypeError, match=r"cost\[1\] must be a tensor"):
         ops.sinkhorn([cost, None], 0.1)
     with pytest.raises(ValueError, match="reg must be a finite number above 0"):
