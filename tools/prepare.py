@@ -41,7 +41,7 @@ def main() -> int:
     broken = decode(dataset, settings)
     if broken:
         print("\ncannot be read:", *broken, sep="\n  ")
-        raise UserError(f"{len(broken)} images cannot be read; replace these files from the data set's archive")
+        raise UserError(f"{len(broken)} images cannot be read; replace or remove them")
     if lacking:
         print("\nnot complete:", *lacking, sep="\n  ")
     changes = "".join(f" --set {shlex.quote(change)}" for change in arguments.set)

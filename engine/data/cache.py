@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from engine.data import layout
 from engine.data.dataset import Images
-from engine.errors import UserError
+from engine.errors import UserError, command
 from engine.folders import cache_folder, writable
 
 # What a file may hold, whatever its name: Pillow would start other programs for some formats.
 KINDS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
 MAX_PIXELS = 2**26
-FORMAT = 1  # part of every key: raise it when the same files would be decoded to other pixels
+FORMAT = 2  # part of every key: raise it when the same files would be decoded to other pixels
 BLOCK = 256  # images decoded before they are written, which bounds the memory
 
 
@@ -38,7 +38,7 @@ class Unreadable(UserError):
 
     def __init__(self, files: Sequence[str], count: int) -> None:
         super().__init__(
-            f"cannot read {layout.some(files)} of {count} images; replace these files from the data set's archive"
+            f"cannot read {layout.some(files)} of {count} images; replace or remove them ({command('prepare')} names all)"
         )
         self.files = files
 
@@ -101,9 +101,24 @@ def decode(
 
 
 def open_image(path: str) -> Image.Image:
-    """The image of a file, in RGB. Errors are Pillow's, which are of any kind on damaged files."""
+    """The image of a file, in RGB, upright as its EXIF tells. Errors are Pillow's, of any kind on damaged files.
+
+    Grey values of more than 8 bits, as thermal cameras have them, are stretched: black is the image's 1st percentile, white
+    its 99th.
+    """
     with Image.open(path, formats=KINDS) as image:
+        with contextlib.suppress(SyntaxError):  # EXIF that is damaged tells nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            return _stretch(np.asarray(image, np.float64)).convert("RGB")
         return image.convert("RGB")
+
+
+def _stretch(values: np.ndarray) -> Image.Image:
+    if not np.isfinite(values).all():
+        raise ValueError("has values that are NaN or infinite")
+    low, high = np.percentile(values, (1, 99))
+    return Image.fromarray(np.uint8(((values - low) / max(high - low, 1e-9)).clip(0, 1) * 255 + 0.5))
 
 
 def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -120,6 +135,7 @@ def _no_larger_than(pixel_count: int) -> Iterator[None]:
     """Inside, Pillow decodes no image of more pixels; it looks before it takes the memory."""
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # they name no file, and the image is read
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         Image.MAX_IMAGE_PIXELS = pixel_count
         try:
@@ -133,15 +149,11 @@ def _core_count() -> int:
 
 
 def _key(paths: tuple[str, ...], size: tuple[int, int]) -> str:
-    digest, bad = hashlib.sha256(f"{FORMAT} {size}".encode()), []
+    digest = hashlib.sha256(f"{FORMAT} {size}".encode())
     for path in paths:
-        try:
+        with contextlib.suppress(OSError):  # what is missing is named with all else that cannot be decoded
             stat = os.stat(path)
-        except OSError as error:
-            bad.append(f"{path}: {error.strerror}")
-        else:
-            digest.update(f"\0{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
-    _refuse(bad, len(paths))
+            digest.update(os.fsencode(f"\0{path}\0{stat.st_size}\0{stat.st_mtime_ns}"))
     return digest.hexdigest()[:32]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,22 +33,38 @@ def existing(path: Path, what: str, remedy: str = "check data.root") -> Path:
 
 
 def list_images(folder: Path, *, recursive: bool = False) -> list[str]:
-    """Absolute paths of the images in a folder, in name order; not the hidden files, such as ._0001.jpg, that systems add.
+    """Absolute paths of the images in a folder, in name order; links are followed, hidden files are none of the user's.
 
     Raises:
-        UserError: the folder is unreadable or holds no image.
+        UserError: the folder, or one in it, is unreadable, or there is no image.
     """
     try:
-        entries = folder.rglob("*") if recursive else folder.iterdir()
-        found = [path for path in entries if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-        paths = sorted(str(path.absolute()) for path in found)
+        paths = sorted(path for path in _files(str(folder.absolute()), recursive) if is_image(path))
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be read ({error.strerror}); check that it is a folder you may open"
+            f"{error.filename or folder} cannot be read ({error.strerror}); check that it is a folder you may open"
         ) from error
     if not paths:
         raise UserError(f"{folder} holds no image: expected files ending in {', '.join(SUFFIXES)}")
     return paths
+
+
+def _files(folder: str, recursive: bool, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Paths of what is in a folder, and in those within it; a link to one of the folders `above` is a circle."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if recursive and os.path.isdir(entry.path):
+                yield from _files(entry.path, recursive, above | {real})
+            elif not entry.name.startswith("."):  # such as ._0001.jpg, that systems add
+                yield entry.path
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether its name ends as that of an image."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES
 
 
 def read_text(path: Path, what: str) -> str:

@@ -52,6 +52,47 @@ def test_pixels_are_those_of_a_lanczos_resize(images, folder):
         pixels[0] = 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "ending"), [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif"), (np.float32, "tif")]
+)
+def test_grey_values_of_more_than_eight_bits_keep_their_contrast(tmp_path, kind, ending):
+    values = (29000 + np.arange(2000).reshape(50, 40)).astype(kind)
+    values[0, 0] = 0  # a dead pixel and a hot one
+    values[-1, -1] = 65535
+    Image.fromarray(values).save(tmp_path / f"thermal.{ending}")
+    found = np.asarray(cache.open_image(str(tmp_path / f"thermal.{ending}")))
+    expected = ((values[1:-1] - 29020.0) / 1959 * 255).clip(0, 255)
+    assert (found == found[..., :1]).all() and np.abs(found[1:-1, :, 0] - expected).max() < 1.5
+
+
+def test_a_flat_image_is_black_and_one_of_no_numbers_is_refused(tmp_path):
+    flat, wrong = np.full((4, 3), 29000, np.uint16), np.full((4, 3), np.nan, np.float32)
+    Image.fromarray(flat).save(tmp_path / "a.png")
+    Image.fromarray(wrong).save(tmp_path / "b.tif")
+    assert not np.asarray(cache.open_image(str(tmp_path / "a.png"))).any()
+    with pytest.raises(UserError, match=r"b\.tif: has values that are NaN or infinite"):
+        cache.decode(layout.collect([(str(tmp_path / "b.tif"), -1, -1)]), SIZE, folder=str(tmp_path))
+
+
+def test_images_are_upright_as_their_exif_tells_unless_it_is_damaged(tmp_path):
+    upright = trees.person(1, 1, 0, "vis", (20, 10))
+    turned, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6
+    for name, tag, expected in (("a.png", exif, upright), ("b.png", b"Exif\0\0not a TIFF", turned)):
+        turned.save(tmp_path / name, exif=tag)
+        assert np.array_equal(cache.open_image(str(tmp_path / name)), expected)
+
+
+def test_names_of_any_bytes_are_decoded_and_named(images, folder):
+    strange = os.fsdecode(os.fsencode(images.paths[0]) + b"\xe9.png")
+    os.rename(images.paths[0], strange)
+    renamed = layout.collect((path, -1, -1) for path in (strange, *images.paths[1:]))
+    assert len(cache.decode(renamed, SIZE, folder=folder)) == 5
+    Path(strange).write_bytes(b"")
+    with pytest.raises(UserError, match="0.png\udce9.png: is empty"):
+        cache.decode(renamed, SIZE, folder=folder)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_order_does_not_depend_on_blocks_or_workers(images, folder, monkeypatch, workers):
     expected = cache.decode(images, SIZE, folder=folder + "-other").copy()
@@ -127,9 +168,12 @@ def test_only_the_first_bad_images_are_listed(images, folder):
         cache.decode(many, SIZE, folder=folder)
 
 
-def test_a_missing_image_is_named(images, folder):
+def test_a_missing_image_is_named_with_the_damaged_ones(images, folder):
     os.unlink(images.paths[4])
-    with pytest.raises(UserError, match=r"cannot read 1 \(.*4.png: No such file"):
+    Path(images.paths[1]).write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"cannot read 2 \(.*1.png: is empty, .*4.png: No such file.*prepare.py names all"
+    ):
         cache.decode(images, SIZE, folder=folder)
 
 

@@ -357,6 +357,22 @@ def test_files_that_systems_add_are_no_images(tmp_path):
     assert (sysu.read(sysu_root).train.vis.paths, folder.read(folder_root).train.vis.paths) == before
 
 
+def test_folder_follows_links_but_not_in_circles(tmp_path):
+    for name in ("elsewhere/camera", "visible", "infrared/night"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.jpg").write_bytes(b"")
+    (tmp_path / "visible" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "visible" / "b.jpg").symlink_to(tmp_path / "elsewhere" / "camera" / "a.jpg")
+    (tmp_path / "infrared" / "night" / "circle").symlink_to(tmp_path / "infrared")
+    found = folder.read(tmp_path).train
+    assert [path.removeprefix(str(tmp_path)) for path in (*found.vis.paths, *found.ir.paths)] == [
+        "/visible/a.jpg",
+        "/visible/b.jpg",
+        "/visible/linked/camera/a.jpg",
+        "/infrared/night/a.jpg",
+    ]
+
+
 def test_folder_damage_is_named(tmp_path):
     root = trees.build_folder(tmp_path, identities=(1, 1), images=1)
     (root / "query" / "somebody.jpg").write_bytes(b"-")
