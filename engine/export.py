@@ -127,7 +127,7 @@ def _need_packages() -> None:
             missing.append(name)
     if missing:
         raise UserError(
-            f'--format onnx: needs {", ".join(missing)}, not installed; run: pip install -e ".[export]", or take --format torch'
+            f'--format onnx: needs {", ".join(missing)}, not installed; run: pip install "vireid-engine[export]", or take --format torch'
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from engine import checkpoint, info
 from engine.data import cache, layout
 from engine.data.dataset import Images
-from engine.errors import UserError
+from engine.errors import UserError, command
 from engine.features import NAMES, autocast, extract_one
 from engine.pair import Modality
 from engine.trained import Trained
@@ -211,7 +211,7 @@ def load(path: Path) -> Index:
         UserError: no such file, or not one of features.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; tools/extract.py makes it")
+        raise UserError(f"{path}: no such file; {command('extract')} makes it")
     try:
         arrays, paths, about = _load_npz(path) if path.suffix == ".npz" else _load_safetensors(path)
         rows = {name: np.ascontiguousarray(arrays[name], kind) for name, kind in COLUMNS.items()}
@@ -220,7 +220,7 @@ def load(path: Path) -> Index:
         raise
     except Exception as error:  # damaged and foreign files fail in many ways
         raise UserError(
-            f"{path}: not a file of features ({type(error).__name__}: {error}); make it by tools/extract.py"
+            f"{path}: not a file of features ({type(error).__name__}: {error}); make it by {command('extract')}"
         ) from error
     features = rows["features"]
     if not isinstance(about, dict) or not about.keys() >= NEEDED:
@@ -256,7 +256,9 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise UserError('.safetensors: not installed; run: pip install -e ".[search]", or choose .npz') from error
+        raise UserError(
+            '.safetensors: not installed; run: pip install "vireid-engine[search]", or choose .npz'
+        ) from error
     return safetensors.numpy
 
 

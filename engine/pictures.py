@@ -53,7 +53,7 @@ FORMATS = ("png", "svg", "pdf", "webp")
 def demand_matplotlib() -> None:
     """Raise a `UserError` where there is no matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError('pictures need matplotlib, which is not installed; run: pip install -e ".[viz]"')
+        raise UserError('pictures need matplotlib, which is not installed; run: pip install "vireid-engine[viz]"')
 
 
 def draw(found: Any, titled: bool = True) -> Any:

@@ -51,7 +51,7 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError('tensorboard: not installed; run: pip install -e ".[tb]"') from error
+                raise UserError('tensorboard: not installed; run: pip install "vireid-engine[tb]"') from error
             self.events = SummaryWriter(str(folder), purge_step=keep + 1)
         if self.metrics.exists():
             lines = [line for line in self.metrics.read_bytes().splitlines() if 0 < _epoch(line) <= keep]

@@ -130,7 +130,7 @@ def approximate(gallery: Index, kind: str, file: Path | None = None) -> Nearest:
         import faiss
     except ImportError as error:
         raise UserError(
-            '--faiss: FAISS is not installed; run: pip install -e ".[faiss]", or leave --faiss away: the search without '
+            '--faiss: FAISS is not installed; run: pip install "vireid-engine[faiss]", or leave --faiss away: the search without '
             "it is exact"
         ) from error
     rows = gallery.features.numpy()

@@ -188,5 +188,5 @@ def test_tensorboard_gets_the_numbers_or_says_how_to_install_it(tmp_path, monkey
     log.record(ROW | {"scores": [{"protocol": "all", "rerank": "CMFP(te)", "values": {"mAP": 7.0}}]})
     assert written["losses/dagl.vis", 3] == 1.5 and written["all CMFP(te)/mAP", 3] == 7.0 and written["flushed"]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[tb\]"'):
+    with pytest.raises(UserError, match=r'pip install "vireid-engine\[tb\]"'):
         report.Log(tmp_path, tensorboard=True)

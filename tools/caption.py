@@ -240,7 +240,7 @@ def load(name: str, download: bool, device: torch.device, remedy: str, *classes:
 
         preparer, maker = (getattr(transformers, each) for each in classes)
     except (ImportError, AttributeError) as error:  # it is not there, or too old
-        raise UserError(f'captions are written by transformers ({error}): pip install -e ".[firm]"') from error
+        raise UserError(f'captions are written by transformers ({error}): pip install "vireid-engine[firm]"') from error
     place = Path(name).expanduser()
     source = str(place) if place.is_dir() else name
     dtype = torch.float32 if device.type == "cpu" else "auto"

@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--index",
         metavar="FILE",
-        help=".npz or .safetensors of the gallery's features, by tools/extract.py; made of --gallery if it is not there",
+        help=".npz or .safetensors of the gallery's features; made of --gallery if it is not there",
     )
     parser.add_argument("-k", type=int, metavar="N", help=f"matches of a query ({MOST}, or all if there are fewer)")
     parser.add_argument(
@@ -98,7 +98,7 @@ def main() -> int:
 def _gallery(network: Trained, arguments: argparse.Namespace) -> Index:
     """The gallery's features: from the index where there is one, else made, and kept in it."""
     if not arguments.gallery and not arguments.index:
-        raise UserError("--gallery: needed, or --index with a file of features that tools/extract.py has made")
+        raise UserError("--gallery: needed, or --index with a file of features")
     file = Path(arguments.index) if arguments.index else None
     images = folder.gather(arguments.gallery) if arguments.gallery else None
     if file and (images is None or file.exists()):

@@ -135,7 +135,7 @@ def _align(images: Images, root: Path, file: Path, missing: str) -> Captions:
         )
         if missing == "error":
             raise UserError(
-                f"{problem}; add them by tools/caption.py, or set firm.missing_caption to 'empty' to go on without"
+                f"{problem}; add them by {command('caption')}, or set firm.missing_caption to 'empty' to go on without"
             )
         warnings.warn(problem, stacklevel=4)
     return Captions([one or other for one, other in rows], [other or one for one, other in rows])

@@ -57,7 +57,7 @@ def _pretrained(kind: str, settings: config.Model) -> Any:
         import transformers
     except ImportError as error:
         raise UserError(
-            'model.weights: CLIP needs transformers, which is not installed; run: pip install -e ".[firm]" '
+            'model.weights: CLIP needs transformers, which is not installed; run: pip install "vireid-engine[firm]" '
             "(or train from random weights: model.weights=none)"
         ) from error
     try:

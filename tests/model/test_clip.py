@@ -131,7 +131,7 @@ def test_clips_weights_load_from_a_folder_and_give_its_outputs(tiny_clip, tmp_pa
 
 def test_a_missing_model_names_what_to_get_and_where_to_put_it(tiny_clip, tmp_path):
     settings = config.Model(backbone="vit_b16", weights=str(tmp_path / "nothing"))
-    remedy = r"pip install -e|model\.safetensors.*into a folder and give it by --set model\.weights=FOLDER"
+    remedy = r"pip install \"vireid-engine|model\.safetensors.*into a folder and give it by --set model\.weights=FOLDER"
     for use in (
         lambda: clip.tokenizer(settings, 8),
         lambda: clip.load(VisionTransformer(TINY, (32, 32)), None, settings),

@@ -263,7 +263,7 @@ def test_a_folder_that_cannot_be_written_to_shows_before_the_work(
 
 def test_without_transformers_it_says_what_to_install(footage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[firm\]"'):
+    with pytest.raises(UserError, match=r'pip install "vireid-engine\[firm\]"'):
         call(footage, "--captioner", "models/blip", monkeypatch=monkeypatch)
 
 

@@ -160,7 +160,7 @@ def test_files_that_are_no_features_are_refused(network, tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a file of features"):
         index.load(path)
-    with pytest.raises(UserError, match=r"none\.npz: no such file; tools/extract\.py makes it"):
+    with pytest.raises(UserError, match=r"none\.npz: no such file; python tools/extract\.py makes it"):
         index.load(tmp_path / "none.npz")
     with pytest.raises(UserError, match=r"ends in \.npz or \.safetensors"):
         index.save(tmp_path / "features.bin", good)
@@ -184,7 +184,7 @@ def test_names_of_any_bytes_survive(tmp_path):
 def test_without_safetensors_the_other_format_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[search\]", or choose \.npz'):
+    with pytest.raises(UserError, match=r'pip install "vireid-engine\[search\]", or choose \.npz'):
         index.save(tmp_path / "features.safetensors", unit(torch.eye(2), [1, 2], [1, 1]))
 
 
@@ -276,7 +276,7 @@ def test_faiss_that_is_absent_or_asked_for_wrongly_is_named(monkeypatch):
         with pytest.raises(UserError, match=f"--faiss {kind}: expected flat, ivf"):
             search.approximate(gallery, kind)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r'--faiss: FAISS is not installed; run: pip install -e "\.\[faiss\]"'):
+    with pytest.raises(UserError, match=r'--faiss: FAISS is not installed; run: pip install "vireid-engine\[faiss\]"'):
         search.approximate(gallery, "flat")
 
 

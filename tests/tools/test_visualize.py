@@ -146,5 +146,5 @@ def test_what_cannot_be_shown_is_said(footage, salcr, tmp_path, monkeypatch, cap
 
 def test_without_matplotlib_the_remedy_is_named(salcr, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install -e ".\[viz\]"'):
+    with pytest.raises(UserError, match=r'pip install "vireid-engine\[viz\]"'):
         tool(visualize, monkeypatch, salcr)
