@@ -30,9 +30,14 @@ def main() -> None:
         print("vireid COMMAND [options]; options are shown by vireid COMMAND --help\n")
         print("\n".join(f"  {name:<15}{about}" for name, about in known.items()))
     elif given[0] not in known:
-        sys.exit(f"error: vireid {given[0]}: no such command; known: {', '.join(known)}")
+        print(f"error: vireid {given[0]}: no such command; known: {', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
     else:
-        run(given[0], given[1:])
+        try:
+            run(given[0], given[1:])
+        except KeyboardInterrupt:  # while the tool was imported: later on it sees to that itself
+            print("\nstopped", file=sys.stderr)
+            sys.exit(130)
 
 
 def run(name: str, arguments: list[str]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,18 +27,32 @@ def command(tool: str) -> str:
 def run_tool(main: Callable[[], int]) -> None:
     """Exit with what a tool's `main` returns; a `UserError` or a full disk prints its message alone, and code 2.
 
-    Ctrl-C and SIGTERM raise `stopping.Stopped` in `main`.
+    Ctrl-C and SIGTERM raise `stopping.Stopped` in `main`. Where nobody reads the output any more, as behind `| head`, the tool
+    ends without a word, by the code of SIGPIPE.
     """
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     faulthandler.enable(2)  # says where, when a disk that a file is mapped from fails
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
+        code = _outcome(main)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        for stream in (1, 2):  # or Python fails once more, as it flushes what is left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[], int]) -> int:
+    try:
         with stopping.graceful():
             stopping.end_with_parent()
-            sys.exit(main())
+            return main()
     except stopping.Stopped as stop:
         print("\nstopped", file=sys.stderr)
-        sys.exit(stop.code)
+        return stop.code
     except UserError as error:
         message = str(error)
     except OSError as error:
@@ -45,4 +61,4 @@ def run_tool(main: Callable[[], int]) -> None:
         message = f"the disk is full ({error.filename or 'writing the log'}); make room, then go on with --resume"
     rank = os.environ.get("RANK", "0")
     print(f"error{f' of process {rank}' * (rank != '0')}: {message}", file=sys.stderr)
-    sys.exit(2)
+    return 2

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,12 @@ class Log:
             self._append(self.text, "")  # a crash cut the last line short
 
     def say(self, text: str) -> None:
-        """Print, and append to log.txt."""
+        """Append to log.txt, and print as long as somebody reads it: a run does not end with the `| tee` behind it."""
         if not distributed.is_main():
             return
-        tqdm.write(text)
         self._append(self.text, text)
+        with suppress(BrokenPipeError):
+            tqdm.write(text)
 
     def record(self, row: dict[str, Any]) -> None:
         """Append one JSON object to metrics.jsonl."""

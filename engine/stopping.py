@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 PARENT = "ENGINE_PARENT"  # names the process without which this one shall not go on
@@ -83,4 +83,5 @@ def _handle(number: int, _: FrameType | None) -> None:
     if not _depth or _waiting:
         raise Stopped(number, cut=_depth > 0)
     _waiting = number
-    os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print() may be what was interrupted
+    with suppress(OSError):  # Ctrl-C ends `| tee` too; the step is saved all the same
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print() may be what was interrupted

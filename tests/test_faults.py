@@ -176,6 +176,35 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_nobody_who_reads_the_output_is_no_error():
+    code = """if True:
+        import os, signal, sys
+        from engine import stopping
+        from engine.errors import run_tool
+        def main():
+            try:
+                with stopping.held():
+                    signal.raise_signal(signal.SIGINT)
+                    saved = True
+            except stopping.Stopped as stop:
+                os._exit(stop.code if saved and not stop.cut else 1)
+        stop = sys.argv[1] == "stop"
+        run_tool(main if stop else lambda: print("-" * 100_000) or 0)
+    """
+    for what, code_expected in (("stop", 130), ("print", 128 + signal.SIGPIPE)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "wb") as gone:
+            done = subprocess.run([sys.executable, "-c", code, what], cwd=ROOT, stdout=gone, stderr=gone, check=False)
+        assert done.returncode == code_expected
+
+
+def test_a_log_goes_on_where_nobody_reads_what_it_prints(tmp_path, monkeypatch):
+    monkeypatch.setattr(report.tqdm, "write", mock.Mock(side_effect=BrokenPipeError))
+    report.Log(tmp_path).say("epoch 1")
+    assert (tmp_path / "log.txt").read_text() == "epoch 1\n"
+
+
 def test_another_thread_may_ask_for_it_and_gets_nothing():
     seen = []
 
