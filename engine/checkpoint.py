@@ -105,7 +105,10 @@ def load(path: Path) -> dict[str, Any]:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path}: not a readable checkpoint ({reason}); use another one of the run") from error
     if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in ("network", "config")):
-        raise UserError(f"{path}: not a checkpoint of this engine (it has no 'network' and 'config')")
+        raise UserError(
+            f"{path}: not a checkpoint of this engine (it has no 'network' and 'config'); weights that others released "
+            "go with a configuration: docs/weights.md"
+        )
     return state
 
 

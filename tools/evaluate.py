@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +81,8 @@ def _score_arrays(path: Path, rule: str, rerank: Sequence[str]) -> list[Score]:
     rerankers = [Rerank().parse(text) for text in rerank]
     if not path.is_file():
         raise UserError(f"--arrays {path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"--arrays {path}: not an .npz file; numpy.savez writes one, see docs/scores.md")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(np.ascontiguousarray(file[name])) for name in file.files}
@@ -91,8 +95,6 @@ def _score_arrays(path: Path, rule: str, rerank: Sequence[str]) -> list[Score]:
         raise UserError(f"--arrays {path}: needs {needed}; has {list(arrays)}")
     try:
         features = [] if missing else _features(path, arrays["query_features"], arrays["gallery_features"])
-        if "distance" not in arrays:
-            arrays["distance"] = trial_distance(*features, None)
         names = ["query_ids", "gallery_ids", "query_cams", "gallery_cams"]
         if rule == "plain":
             arrays = {"query_cams": torch.zeros_like(arrays.get("query_ids", torch.zeros(0))), **arrays}
@@ -102,7 +104,17 @@ def _score_arrays(path: Path, rule: str, rerank: Sequence[str]) -> list[Score]:
                 raise UserError(f"--arrays {path}: needs '{name}' for --rule {rule}; has {list(arrays)}")
         columns = [arrays[name].long() for name in names]
         ids, cams = (columns[0], columns[1]), (columns[2], columns[3])
-        scores = [summary(path.name, "", [score(arrays["distance"], ids, cams, rule)])]
+        distance = arrays["distance"] if "distance" in arrays else trial_distance(*features, None)
+        plain, matched = score(distance, ids, cams, rule)
+        if not matched:
+            raise UserError(
+                f"--arrays {path}: no query has an image of its identity in the gallery (--rule {rule}); check that "
+                "query_ids and gallery_ids number the same people alike, and the cameras"
+            )
+        if matched < len(ids[0]):
+            lonely = f"{len(ids[0]) - matched} of {len(ids[0])} queries have no match in the gallery"
+            warnings.warn(f"{path}: {lonely}, and are left out of the means", stacklevel=1)
+        scores = [summary(path.name, "", [(plain, matched)])]
         for reranker in rerankers:
             clock = Phases(torch.device("cpu"))
             trial = score(trial_distance(*features, reranker, clock), ids, cams, rule)

@@ -173,6 +173,14 @@ def test_evaluate_takes_anybodys_arrays(folder):
     np.savez(folder / "wrong.npz", distance=distance[:3], **columns)
     code, _, err = tool("evaluate.py", "--arrays", "wrong.npz", cwd=folder)
     assert code == 2 and "query_ids" in err and "Traceback" not in err
+    np.savez(
+        folder / "strangers.npz", query_features=query, gallery_features=gallery, query_ids=ids + 5, gallery_ids=ids
+    )
+    code, _, err = tool("evaluate.py", "--arrays", "strangers.npz", cwd=folder)
+    assert code == 2 and "no query has an image of its identity in the gallery" in err
+    np.save(folder / "distance.npy", distance)
+    code, _, err = tool("evaluate.py", "--arrays", "distance.npy", cwd=folder)
+    assert code == 2 and "not an .npz file; numpy.savez writes one" in err
     code, _, err = tool("evaluate.py", "--arrays", "none.npz", cwd=folder)
     assert code == 2 and "no such file" in err
 
