@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import os
@@ -158,7 +159,9 @@ def _write_onnx(module: nn.Module, images: tuple[Tensor, ...], modalities: Seque
 
 def _write_torch(module: nn.Module, images: tuple[Tensor, ...], modalities: Sequence[Modality], path: Path) -> Run:
     program = torch.export.export(module, images, dynamic_shapes=_free_batches(images))
-    torch.export.save(program, str(path))
+    content = io.BytesIO()  # torch's own writer of files ends the process where the disk is full
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
     loaded = torch.export.load(str(path)).module()
     return lambda *batches: [rows.numpy() for rows in loaded(*map(torch.from_numpy, batches))]
 

@@ -7,6 +7,7 @@ python tools/search.py RUN --gallery FOLDER --index gallery.npz --query FOLDER -
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -28,6 +29,8 @@ from engine.trained import Trained
 
 MOST = 10  # matches that are shown where -k does not tell
 PICTURED = 20  # queries in the picture
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+REMEDY = "make room, or choose another place"
 
 
 def main() -> int:
@@ -68,6 +71,8 @@ def main() -> int:
             raise UserError(
                 f"{name}: there is no folder {Path(name).absolute().parent}; make it, or choose another place"
             )
+    if arguments.picture and Path(arguments.picture).suffix.lower() not in PICTURES:
+        raise UserError(f"--picture {arguments.picture}: expected a name that ends in {', '.join(PICTURES)}")
     queries = folder.gather(arguments.query)
     network = trained.take(arguments.run, arguments.checkpoint, arguments.set, arguments.cfg)
     gallery = _gallery(network, arguments)
@@ -127,8 +132,27 @@ def _gallery(network: Trained, arguments: argparse.Namespace) -> Index:
 
 
 def _report(query: Index, gallery: Index, found: list[Found], label: str, arguments: argparse.Namespace) -> None:
-    """The table, and what else is asked for."""
-    rows = _rows(query, gallery, found)
+    """What is asked for as files, then the table, behind which somebody may stop to read."""
+    right, could = search.first_right(query.images, gallery.images, found, arguments.rule)
+    if arguments.json:
+        rows = _rows(query, gallery, found)
+        content: dict[str, Any] = {"search": label, "rule": arguments.rule, "gallery": gallery.about, "queries": rows}
+        if could:
+            content |= {"first_right": right, "queries_with_a_match": could}
+        checkpoint.write(Path(arguments.json), json.dumps(content, indent=2).encode(), REMEDY)
+    if arguments.picture:
+        file, picture = Path(arguments.picture), io.BytesIO()
+        sheet = search.sheet(query.images, gallery.images, found[:PICTURED])
+        try:
+            sheet.save(picture, PICTURES[file.suffix.lower()])
+        except (OSError, ValueError) as error:  # a JPEG ends at 65,535 pixels
+            raise UserError(
+                f"--picture {file}: {sheet.width} x {sheet.height} pixels cannot be encoded ({error}); take .png, or a "
+                "smaller -k"
+            ) from error
+        checkpoint.write(file, picture.getbuffer(), REMEDY)
+        if len(found) > PICTURED:
+            print(f"{arguments.picture} shows the first {PICTURED} queries", file=sys.stderr)
     query_names, gallery_names = search.names(query.images), search.names(gallery.images)
     known = bool((gallery.images.ids >= 0).any())
     cells = [["query", "gallery image", *(["identity"] if known else []), "place", "score"]]
@@ -140,27 +164,8 @@ def _report(query: Index, gallery: Index, found: list[Found], label: str, argume
             cells.append([*words, str(place), f"{score:.3f}"])
     print(f"{len(query)} queries, {len(gallery)} gallery images; {label}\n")
     print(report.markdown(cells, left=2))
-    right, could = search.first_right(query.images, gallery.images, found, arguments.rule)
     if could:
         print(f"\nthe right person comes first for {100 * right / could:.2f} % of {could} queries with a match (R1)")
-    if arguments.json:
-        content: dict[str, Any] = {"search": label, "rule": arguments.rule, "gallery": gallery.about, "queries": rows}
-        if could:
-            content |= {"first_right": right, "queries_with_a_match": could}
-        checkpoint.write(
-            Path(arguments.json), json.dumps(content, indent=2).encode(), "make room, or choose another place"
-        )
-    if arguments.picture:
-        first = slice(PICTURED)
-        picture = search.sheet(query.images, gallery.images, found[first])
-        try:
-            picture.save(arguments.picture)
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"--picture {arguments.picture}: cannot be written ({error}); expected .png or .jpg"
-            ) from error
-        if len(found) > PICTURED:
-            print(f"{arguments.picture} shows the first {PICTURED} queries", file=sys.stderr)
 
 
 def _rows(query: Index, gallery: Index, found: list[Found]) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ def _gather(place: Path) -> Iterator[tuple[str, int, int]]:
     layout.existing(place, "an image, a folder of images, or a list of their paths", "check the path")
     if place.is_dir():
         yield from map(_read_name, layout.list_images(place, recursive=True))
-    elif place.suffix.lower() in layout.SUFFIXES:
+    elif layout.is_image(place):
         yield _read_name(str(place.absolute()))
     else:
         yield from _read_list(place)
@@ -73,7 +73,7 @@ def _read_name(path: str) -> tuple[str, int, int]:
 
 
 def _read_list(file: Path) -> Iterator[tuple[str, int, int]]:
-    what = "lines 'path', or 'path<tab>identity<tab>camera'"
+    what = f"an image ({', '.join(layout.SUFFIXES)}), or lines 'path', or 'path<tab>identity<tab>camera'"
     for number, line in enumerate(layout.read_text(file, what).splitlines(), start=1):
         name, *labels = line.strip().split("\t")
         if not name:

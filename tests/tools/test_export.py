@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -111,6 +113,16 @@ def test_a_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_named_and_nothing_left(run, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"network\.pt2: cannot be written \(.*No space left on device\); make room"):
+        export.export(trained.load(run / "last.pt"), tmp_path / "network.pt2", "torch", ("vis",))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_exported_is_named(run, tmp_path, monkeypatch):
     network = trained.load(run / "last.pt")
     with pytest.raises(UserError, match=r"expected a name that ends in \.onnx for --format onnx"):
@@ -118,7 +130,9 @@ def test_what_cannot_be_exported_is_named(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no folder"):
         export.export(network, tmp_path / "none" / "network.pt2", "torch", ("vis",))
     monkeypatch.setattr(export, "PACKAGES", ("no-such-package",))
-    with pytest.raises(UserError, match=r'needs no-such-package, not installed; run: pip install -e "\.\[export\]"'):
+    with pytest.raises(
+        UserError, match=r'needs no-such-package, not installed; run: pip install "vireid-engine\[export\]"'
+    ):
         export.export(network, tmp_path / "network.onnx", "onnx", ("vis",))
 
     def fail(*_, **__):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import runpy
 import sys
 from dataclasses import replace
@@ -28,6 +30,7 @@ from engine.pair import Pair
 from engine.rerank import Cmfp
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
 pytestmark = pytest.mark.filterwarnings("ignore:.*not the complete data set")
 
 
@@ -121,6 +124,9 @@ def test_places_are_folders_images_and_lists(footage, tmp_path):
     (tmp_path / "bad.txt").write_text(f"{first}\tseven\n")
     with pytest.raises(UserError, match=r"bad\.txt, line 1, .*path<tab>identity<tab>camera"):
         folder.gather([tmp_path / "bad.txt"])
+    (tmp_path / "person.gif").write_bytes(b"GIF89a\xff")
+    with pytest.raises(UserError, match=r"person\.gif cannot be read .*: expected an image \(\.jpg, .*\), or lines"):
+        folder.gather([tmp_path / "person.gif"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no image"):
         folder.gather([tmp_path / "empty"])
@@ -306,6 +312,18 @@ def test_one_command_searches_and_keeps_the_index(run, footage, tool, tmp_path, 
     assert "|     8 |" in tool("search.py", run, *common)  # fewer than ten images are all shown
 
 
+def test_a_full_disk_leaves_the_picture_that_was_there(run, footage, tool, tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "found.png").write_bytes(b"an old one")
+    monkeypatch.setattr(os, "fsync", full)
+    query = next((footage / "query").iterdir())
+    with pytest.raises(UserError, match=r"found\.png: cannot be written \(the disk is full"):
+        tool("search.py", run, "--query", query, "--gallery", footage / "gallery", "--picture", tmp_path / "found.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir() if path.is_file()] == [b"an old one"]
+
+
 def test_mistakes_of_the_command_line_are_named(run, footage, tool, tmp_path):
     query = next((footage / "query").iterdir())
     (tmp_path / "bad.png").write_bytes(b"nothing")
@@ -318,7 +336,10 @@ def test_mistakes_of_the_command_line_are_named(run, footage, tool, tmp_path):
         ),
         (["--query", query, *gallery, "-k", 10], "-k 10: expected 1 to 9"),
         (["--query", query, *gallery, "--rerank", "cmfp", "--faiss", "flat"], "leave one of them away"),
-        (["--query", query, *gallery, "--picture", tmp_path / "found.what"], "expected .png or .jpg"),
+        (
+            ["--query", query, *gallery, "--picture", tmp_path / "found.what"],
+            r"found\.what: expected a name that ends in \.png",
+        ),
         (["--query", query, *gallery, "--json", tmp_path / "none" / "found.json"], "there is no folder"),
         (["--query", query, *gallery, "--rerank", "cmpf"], "--rerank cmpf: expected one of"),
     ]
