@@ -32,6 +32,21 @@ def existing(path: Path, what: str, remedy: str = "check data.root") -> Path:
     return path
 
 
+def existing_root(root: str | Path, what: str, sign: str) -> Path:
+    """The folder of a data set if it is there.
+
+    Raises:
+        UserError: it is not, and `what` was expected; or the file `sign` lies a level above or below it.
+    """
+    root = existing(Path(root).expanduser(), what)
+    around = (root.absolute().parent / sign, *sorted(root.glob(f"*/{sign}")))
+    found = [path for path in around if path.is_file()]
+    if found and not (root / sign).exists():
+        place = str(found[0]).removesuffix(f"/{sign}")
+        raise UserError(f"{root} has no {sign}, {place} has: set data.root to that, {what}")
+    return root
+
+
 def list_images(folder: Path, *, recursive: bool = False) -> list[str]:
     """Absolute paths of the images in a folder, in name order; links are followed, hidden files are none of the user's.
 

@@ -41,7 +41,7 @@ def read(root: str | Path) -> Dataset:
     Raises:
         UserError: a folder or split file is missing, unreadable, empty or malformed, or listed images are missing.
     """
-    root = layout.existing(Path(root).expanduser(), "a folder with vis, nir, test_vis, test_nir and idx")
+    root = layout.existing_root(root, "a folder with vis, nir, test_vis, test_nir and idx", "idx/train_vis.txt")
     train = NAMES.map(lambda name: _list_train(root, f"idx/train_{name}.txt"))
     identities = layout.read_ids(root / "idx" / "test_id.txt")
     test = NAMES.map(lambda name, cameras: _list_test(root / f"test_{name}", identities, cameras), CAMERAS)

@@ -34,7 +34,8 @@ def read(root: str | Path, *, trial: int = 1) -> Dataset:
     """
     if trial not in range(1, 11):
         raise UserError(f"data.trial must be 1 to 10 for RegDB, got {trial}")
-    root = layout.existing(Path(root).expanduser(), "a folder with Visible, Thermal and idx")
+    sign = f"idx/train_visible_{trial}.txt"
+    root = layout.existing_root(root, "a folder with Visible, Thermal and idx", sign)
     train = NAMES.map(lambda name, camera: _list(root, f"train_{name}_{trial}.txt", camera), CAMERAS)
     test = NAMES.map(lambda name, camera: _list(root, f"test_{name}_{trial}.txt", camera), CAMERAS)
     shared = sorted(set(train.vis.paths + train.ir.paths) & set(test.vis.paths + test.ir.paths))

@@ -55,7 +55,7 @@ def read(
         UserError: a folder or split file is missing, unreadable, empty or malformed, or identities are both trained on
             and scored.
     """
-    root = layout.existing(Path(root).expanduser(), "a folder with cam1 to cam6 and exp")
+    root = layout.existing_root(root, "a folder with cam1 to cam6 and exp", "exp/train_id.txt")
     splits = {name: layout.read_ids(root / "exp" / f"{name}_id.txt") for name in ("train", "val", "test")}
     train_ids = splits["train"] + (splits["val"] if split == "test" else [])
     shared = sorted(set(train_ids) & set(splits[split]))

@@ -347,6 +347,21 @@ def test_folder_takes_any_usual_image_and_nothing_else(tmp_path):
     assert sorted(names) == ["1_0.png", "a.JPG", "b.tiff", "c.webp"]
 
 
+@pytest.mark.parametrize(
+    ("build", "read", "inner"),
+    [
+        (trees.build_sysu, sysu.read, "cam1"),
+        (trees.build_regdb, lambda root: regdb.read(root, trial=1), "Visible"),
+        (trees.build_llcm, llcm.read, "vis"),
+    ],
+)
+def test_a_root_a_level_too_high_or_too_low_is_told_the_right_one(tmp_path, build, read, inner):
+    root = build(tmp_path / "a set")
+    for wrong in (tmp_path, root / inner):
+        with pytest.raises(UserError, match=rf"{wrong} has no .*\.txt, {root} has: set data\.root to that, a folder with"):
+            read(wrong)
+
+
 def test_files_that_systems_add_are_no_images(tmp_path):
     """macOS writes ._0001.jpg beside 0001.jpg where a disk knows no attributes."""
     sysu_root, folder_root = trees.build_sysu(tmp_path / "sysu"), trees.build_folder(tmp_path / "folder")
