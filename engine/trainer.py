@@ -180,7 +180,8 @@ class Trainer:
         with phases("evaluate"):
             if self.test_pixels is not None and (last or (epoch + 1) % self.config.evaluate.every == 0):
                 scores = self._scores()
-        labels = self.method.describe(state.labels) | quality(state.labels, self.dataset.train.map(lambda x: x.ids))
+        described = {name: _plain_number(value) for name, value in self.method.describe(state.labels).items()}
+        labels = described | quality(state.labels, self.dataset.train.map(lambda x: x.ids))
         kinds = 3 if self.config.augment.channels else 2
         images = kinds * settings.labels * settings.images * (settings.iterations - first_step)
         row = {
@@ -276,13 +277,18 @@ class Trainer:
                 number = distributed.largest(stopping.waiting())
                 if number:  # all processes stop behind the same step, whichever was told to
                     raise stopping.Stopped(number)
+        if state.step < settings.iterations:
+            raise UserError(
+                f"{config.method.name}: its batches ended after {state.step} steps of an epoch; expected "
+                f"{settings.iterations} (train.stages.{stage}.iterations)"
+            )
         self._check_network()
 
     def _plan(self, settings: Stage, epoch: int) -> Iterator[Pair[np.ndarray]]:
         """The rows of every batch of an epoch."""
         assert self.state.labels is not None
         rng = seeds.random_state(_SAMPLING, self.config.seed, epoch)
-        return self.method.batches(self.state.labels, settings, rng)
+        return islice(self.method.batches(self.state.labels, settings, rng), settings.iterations)
 
     def _failed(self, problem: str, batch: Batch, rows: Pair[np.ndarray]) -> UserError:
         """The error for a step whose loss is not finite; what it worked on is saved for a look at it."""
@@ -518,7 +524,15 @@ def _place(content: dict[str, Any], stages: tuple[Stage, ...]) -> tuple[int, int
 
 
 def _assert_finite(term: Tensor, name: str) -> None:
+    if not isinstance(term, Tensor) or term.dim():
+        found = f"a tensor {list(term.shape)}" if isinstance(term, Tensor) else repr(term)
+        raise UserError(f"loss term '{name}': expected a tensor of no dimensions, as .mean() gives, got {found}")
     torch._assert_async(torch.isfinite(term.detach()), f"loss term '{name}' is not finite")
+
+
+def _plain_number(value: Any) -> Any:
+    """A number that JSON can hold, of one that may be torch's or numpy's."""
+    return value.item() if isinstance(value, Tensor | np.generic) else value
 
 
 def _plain_labels(labels: Labels | None) -> list[Any] | None:

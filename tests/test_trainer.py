@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from itertools import cycle, islice
 
 import numpy as np
 import pytest
@@ -192,6 +193,29 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_is_named(sysu_tree,
     saved = checkpoint.load(tmp_path / "last.pt")
     assert saved["epoch"] == 2
     assert all(value.isfinite().all() for value in saved["network"].values())
+
+
+ONE_EPOCH = ("method.name=dcl", "train.warm_up.iterations=0", "train.stages.0.epochs=1", "train.stages.1.epochs=1")
+
+
+@pytest.mark.parametrize("value, got", [(torch.zeros(4), r"a tensor \[4\]"), (0.5, "0.5")])
+def test_a_loss_term_that_is_no_number_of_torch_is_named(value, got, sysu_tree, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods.find("dcl"), "losses", lambda *_: {"mine": value})
+    with pytest.raises(UserError, match=rf"loss term 'mine': expected .*\.mean\(\) gives, got {got}"):
+        start(settings(sysu_tree, cache, *ONE_EPOCH), tmp_path).run()
+
+
+def test_an_epoch_has_the_steps_that_are_set_whatever_batches_a_method_gives(sysu_tree, cache, tmp_path, monkeypatch):
+    batches = methods.find("dcl").batches
+    monkeypatch.setattr(methods.find("dcl"), "batches", lambda *args: cycle(batches(*args)))
+    monkeypatch.setattr(methods.find("dcl"), "describe", lambda *_: {"one": torch.ones(()), "two": np.float32(2)})
+    start(settings(sysu_tree, cache, *ONE_EPOCH), tmp_path / "endless").run()
+    rows = metrics(tmp_path / "endless")
+    assert [(row["labels"]["one"], row["labels"]["two"]) for row in rows] == [(1, 2), (1, 2)]
+
+    monkeypatch.setattr(methods.find("dcl"), "batches", lambda *args: islice(batches(*args), 2))
+    with pytest.raises(UserError, match=r"dcl: its batches ended after 2 steps .* expected 3 \(train\.stages\.0\.iter"):
+        start(settings(sysu_tree, cache, *ONE_EPOCH), tmp_path / "short").run()
 
 
 def test_a_full_disk_is_named_and_the_old_checkpoint_stays(whole, sysu_tree, cache, tmp_path, monkeypatch):

@@ -93,7 +93,9 @@ class Method:
         return {"vis": banks.vis, "ir": banks.ir}
 
     def batches(self, labels: Labels, settings: Stage, rng: np.random.RandomState) -> Iterator[Pair[np.ndarray]]:
-        """Rows of every batch of the epoch: pairs across the modalities where they are associated."""
+        """Rows of every batch of the epoch, `settings.iterations` of them: pairs across the modalities where they are
+        associated.
+        """
         own = labels.own.map(lambda part: part.cpu().numpy())
         if labels.cross is None:
             return sampler.independent_batches(own, **shape(settings, rng))
