@@ -358,7 +358,9 @@ def test_folder_takes_any_usual_image_and_nothing_else(tmp_path):
 def test_a_root_a_level_too_high_or_too_low_is_told_the_right_one(tmp_path, build, read, inner):
     root = build(tmp_path / "a set")
     for wrong in (tmp_path, root / inner):
-        with pytest.raises(UserError, match=rf"{wrong} has no .*\.txt, {root} has: set data\.root to that, a folder with"):
+        with pytest.raises(
+            UserError, match=rf"{wrong} has no .*\.txt, {root} has: set data\.root to that, a folder with"
+        ):
             read(wrong)
 
 
