@@ -5,7 +5,8 @@ python tools/prepare.py --cfg sysu.yaml --set data.root=/data/SYSU-MM01
 Prints what was found beside the official counts, every image that is missing or cannot be read, and how many images have captions
 where there are caption files. Nothing is copied or renamed, and nothing is written but the cache (`data.cache`).
 
-Exit code: 0 = complete; 1 = it can be trained on, but counts differ from the official ones or captions are missing; 2 = it cannot.
+Exit code: 0 = complete; 1 = it can be trained on, but counts differ from the official ones or captions are missing; 2 = it cannot,
+as where the method needs those captions.
 """
 
 from __future__ import annotations
@@ -37,13 +38,19 @@ def main() -> int:
     dataset = data.read(settings.data)
     print(f"{dataset.name} in {', '.join(source.root for source in settings.data.sources.values())}\n")
     print(f"{count_table(dataset)}\n")
-    lacking = [*differences(dataset), *describe_captions(dataset, settings)]
+    uncaptioned = describe_captions(dataset, settings)
+    lacking = [*differences(dataset), *uncaptioned]
     broken = decode(dataset, settings)
     if broken:
         print("\ncannot be read:", *broken, sep="\n  ")
         raise UserError(f"{len(broken)} images cannot be read; replace or remove them")
     if lacking:
         print("\nnot complete:", *lacking, sep="\n  ")
+    if uncaptioned and needs_captions(settings):
+        raise UserError(
+            f"{settings.method.name} cannot be trained without these captions; make them by {command('caption')}, or where "
+            f"single ones lack, set {settings.method.name}.missing_caption to 'empty'"
+        )
     changes = "".join(f" --set {shlex.quote(change)}" for change in arguments.set)
     print(f"\n{'can be trained on' if lacking else 'ready'}: {command('train')} --cfg {arguments.cfg}{changes}")
     return 1 if lacking else 0
@@ -105,6 +112,15 @@ def describe_captions(dataset: Dataset, settings: Config) -> list[str]:
             if bare:
                 lacking.append(f"{file}: no caption or no paraphrase of {layout.some(bare)} {name} images")
     return lacking
+
+
+def needs_captions(settings: Config) -> bool:
+    """Whether the method refuses to train where captions are missing."""
+    own = settings.settings
+    if not hasattr(own, "captions") or not own.vspf.enabled:
+        return False
+    root = Path(os.path.abspath(Path(settings.data.root).expanduser()))
+    return own.missing_caption == "error" or not all(captions.place(file, root).is_file() for file in own.captions)
 
 
 def decode(dataset: Dataset, settings: Config) -> Sequence[str]:

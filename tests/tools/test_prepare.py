@@ -121,6 +121,22 @@ def test_captions_are_counted_and_missing_ones_named(tmp_path, call, capsys):
 
 def test_a_method_that_reads_captions_misses_them(folder_tree, call, capsys):
     firm = ("method.name=firm", "augment.channels=false", "model.backbone=vit_small")
-    assert call(folder_tree, "data.name=folder", *firm) == 1
+    with pytest.raises(UserError, match="firm cannot be trained without these captions"):
+        call(folder_tree, "data.name=folder", *firm, "firm.missing_caption=empty")  # there is no file at all
     out = capsys.readouterr().out
     assert out.count("not there, and firm reads captions; see python tools/caption.py --help") == 2
+    assert "decoded: " in out and "can be trained on" not in out
+    assert call(folder_tree, "data.name=folder", *firm, "firm.vspf.enabled=false") == 1
+
+
+def test_missing_captions_are_refused_where_training_refuses_them(tmp_path, call):
+    firm = ("method.name=firm", "augment.channels=false", "model.backbone=vit_small")
+    root = trees.build_sysu(tmp_path / "sysu", images=1)
+    write_captions(root, root)
+    assert call(root, *firm) == 1
+    texts = json.loads((root / "captions_ir.json").read_text())
+    del texts[next(name for name in texts if name.startswith("cam3"))]
+    (root / "captions_ir.json").write_text(json.dumps(texts))
+    with pytest.raises(UserError, match=r"set firm\.missing_caption to 'empty'"):
+        call(root, *firm)
+    assert call(root, *firm, "firm.missing_caption=empty") == 1
