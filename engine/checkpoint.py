@@ -169,9 +169,11 @@ def load_network(network: nn.Module, content: dict[str, Any], fresh: str = "") -
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
+        settings, reason = content["config"], str(error).splitlines()[-1].strip()
+        reason = reason if len(reason) < 160 else f"{reason[:160]}..."  # a name for each of some hundred tensors
         raise UserError(
-            f"the checkpoint is of another network (its model settings: {content['config'].get('model')}): "
-            f"{str(error).splitlines()[-1].strip()}; use the configuration it was trained with"
+            f"the checkpoint is of another network (its settings: method {settings.get('method')}, model "
+            f"{settings.get('model')}): {reason}; use the configuration it was trained with"
         ) from error
 
 

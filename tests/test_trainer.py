@@ -284,6 +284,12 @@ def test_scoring_with_another_network_is_refused(whole):
         evaluate_checkpoint(whole[0] / "last.pt", ["model.backbone=resnet18"])
 
 
+def test_another_network_is_told_in_a_few_words(whole):
+    with pytest.raises(UserError, match="use the configuration it was trained with$") as caught:
+        checkpoint.load_network(torch.nn.Identity(), checkpoint.load(whole[0] / "last.pt"))
+    assert "'name': 'salcr'" in str(caught.value) and len(str(caught.value)) < 600
+
+
 def test_a_device_that_is_not_there_is_named(sysu_tree, cache, tmp_path):
     with pytest.raises(UserError, match=r"device: 'cuda:7' cannot be used .*device=auto or device=cpu"):
         start(settings(sysu_tree, cache, "device=cuda:7"), tmp_path)
