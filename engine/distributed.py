@@ -160,6 +160,28 @@ def add_gradients(network: nn.Module) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
+def check_terms(terms: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Raise a `UserError` for a loss term that reaches a weight by another way than the gathered outputs: every process has all
+    of its gradient, which `add_gradients` would count once for each.
+    """
+    if world() == 1:
+        return
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    for term, value in terms.items():
+        nodes, seen = [value.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen or isinstance(node, _Gather._backward_cls):
+                continue
+            seen.add(node)
+            if (weight := getattr(node, "variable", None)) in names:
+                raise UserError(
+                    f"loss term '{term}' uses the weight '{names[weight]}', which several processes cannot: let the network's "
+                    "forward use it, which may return an Output with more fields, or train in one process"
+                )
+            nodes += [following for following, _ in node.next_functions]
+
+
 def check_equal(tensors: Mapping[str, Tensor]) -> None:
     """Raise a `UserError` where processes hold other bits than the main one, which would spread unseen.
 

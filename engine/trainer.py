@@ -319,6 +319,7 @@ class Trainer:
         terms = self.method.losses(output, batch, self.state.memories)
         for name, term in terms.items():
             _assert_finite(term, name)
+        distributed.check_terms(terms, self.network)
         self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()
         self._descend()
         self.method.update(output, batch, self.state.memories)

@@ -70,6 +70,17 @@ def test_what_a_method_adds_to_the_output_is_joined_too(tmp_path):
     assert isinstance(whole, Scored) and torch.equal(whole.scores, vis[:, :1])
 
 
+def test_a_loss_that_uses_weights_is_refused_where_there_are_several_processes(monkeypatch):
+    network = nn.Linear(3, 3)
+    rows = distributed._Gather.apply(network(torch.rand(4, 3)), (4,))
+    terms = {"good": rows.square().mean(), "bad": (rows @ network.weight).mean()}
+    distributed.check_terms(terms, network)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    distributed.check_terms({"good": terms["good"], "constant": torch.zeros(())}, network)
+    with pytest.raises(UserError, match="loss term 'bad' uses the weight 'weight', which several processes cannot"):
+        distributed.check_terms(terms, network)
+
+
 def test_what_a_part_draws_is_drawn_again_for_its_gradient(tmp_path):
     layer, loaded = nn.Linear(3, 4), run_settings(tmp_path, "train.accumulate=2")
 
