@@ -124,6 +124,7 @@ def test_the_section_of_an_unused_method_is_checked_too():
         ("train.checkpoint_steps=-1", r"train\.checkpoint_steps: expected at least 0, got -1"),
         ("train.warm_up.images=0", r"train\.warm_up\.images: expected at least 1, got 0"),
         ("cluster.eps={vis: 0.5, ir: 6}", r"cluster\.eps\.ir: expected above 0 and below 1, got 6"),
+        ("firm.losses.align=-1", r"firm\.losses\.align: expected at least 0, got -1"),
         ("train.stages=[]", r"train\.stages: expected at least one stage"),
         ("train.stages.0.epochs=0", r"train\.stages\.0\.epochs: expected at least 1, got 0"),
         ("train.stages.7.epochs=1", r"expected a position from 0 to 1, got '7'"),

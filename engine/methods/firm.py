@@ -153,6 +153,9 @@ class Firm(Method):
                 ("losses.rise", self.losses.rise, self.losses.rise >= 0, "at least 0"),
                 ("losses.momentum", self.losses.momentum, 0 <= self.losses.momentum <= 1, "0 to 1"),
             ]
+            for name in ("proto", "density", "align"):
+                weight = getattr(self.losses, name)
+                rules.append((f"losses.{name}", weight, (weight or 0) >= 0, "at least 0"))
             check_ranges((f"firm.{name}", value, good, expected) for name, value, good, expected in rules)
 
     settings: Settings
