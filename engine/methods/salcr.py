@@ -180,10 +180,18 @@ class Salcr(Method):
     shared = ("instances.vis", "instances.ir")
 
     def build(self) -> nn.Module:
-        """The network, with the part head where FGSAL is on."""
+        """The network, with the part head where FGSAL is on.
+
+        Raises:
+            UserError: images are too small for its parts.
+        """
         fgsal = self.settings.fgsal
         parts = fgsal.parts if fgsal.enabled and self.settings.dagl.enabled else 0
-        return Network(self.config.model, parts, uneven_parts=fgsal.stripes == "ceil")
+        network = Network(self.config.model, parts, uneven_parts=fgsal.stripes == "ceil")
+        if parts:  # noticed now, and not when stage 2 begins
+            with torch.no_grad():
+                network.eval()(vis=torch.zeros(1, 3, *self.config.data.size), stage=1)
+        return network.train()
 
     def label(self, features: Features, stage: int, phases: Phases) -> Labels:
         """Clusters, and from stage 2 on the labels across modalities (Eq. 4, 5)."""

@@ -216,6 +216,12 @@ def test_lambda_weighs_gpcr(step):
         torch.testing.assert_close(heavy[name], 3 * light[name])
 
 
+def test_images_too_small_for_the_parts_are_noticed_when_the_network_is_built():
+    assert build("data.size=[32,16]", "salcr.fgsal.parts=8").build().training
+    with pytest.raises(UserError, match=r"salcr\.fgsal\.parts: the feature map has 8 positions, too few for 9 parts"):
+        build("data.size=[32,16]", "salcr.fgsal.parts=9").build()
+
+
 def test_no_positive_anywhere_is_zero_and_no_nan(step):
     """One neighbour each of a memory in which all views lie apart: nothing is shared."""
     rows = torch.eye(32)
