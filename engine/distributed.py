@@ -6,10 +6,13 @@ equal memories, labels and weights. One process alone does all rows, and nothing
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
@@ -22,7 +25,9 @@ from torch import Tensor, nn
 from engine.errors import UserError
 
 PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others; decoding a data set for the first time is what takes longest."""
+"""How long a process waits for the others."""
+MUCH_PATIENCE = timedelta(days=7)
+"""How long it waits for the one of its machine that decodes a data set for the first time."""
 T = TypeVar("T")
 _sharing = False
 
@@ -31,8 +36,11 @@ _sharing = False
 def joined() -> Iterator[None]:
     """Inside, this process works with the others that torchrun started, if it did.
 
+    Whoever fails inside ends without a farewell: NCCL takes that of all, and others may be waiting for this one. They
+    notice, or torchrun ends them.
+
     Raises:
-        UserError: they cannot be reached.
+        UserError: they cannot be reached, or can no longer.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -48,9 +56,27 @@ def joined() -> Iterator[None]:
         warnings.simplefilter("ignore")  # the main process says it
     try:
         yield
-    finally:
-        _groups.cache_clear()
-        dist.destroy_process_group()
+    except BaseException as error:
+        lost = isinstance(error, RuntimeError) and "gloo" in str(error)
+        code = getattr(error, "code", 2 if lost or isinstance(error, UserError) else 1)
+        atexit.register(_end, code, 1.0 * lost)  # torchrun is to notice first who failed first
+        if lost:
+            reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)
+            raise UserError(
+                f"the other processes are out of reach ({reason}); the one that failed first says why"
+            ) from error
+        raise
+    _groups.cache_clear()
+    _patient.cache_clear()
+    dist.destroy_process_group()
+
+
+def _end(code: int, seconds: float) -> None:
+    """End this process with all that PyTorch would still wait for."""
+    with suppress(OSError):  # nobody may be reading
+        sys.stdout.flush()
+    time.sleep(seconds)
+    os._exit(code)
 
 
 def world() -> int:
@@ -85,11 +111,15 @@ def from_main(value: T) -> T:
 @contextmanager
 def one_first() -> Iterator[None]:
     """Inside, one process of each machine is done before its others begin, which find what it has made."""
-    if world() > 1 and local_rank() > 0:
-        dist.barrier()
+    if world() == 1:
+        yield
+        return
+    everyone = _patient()
+    if local_rank() > 0:
+        dist.barrier(everyone)
     yield
-    if world() > 1 and local_rank() == 0:
-        dist.barrier()
+    if local_rank() == 0:
+        dist.barrier(everyone)
 
 
 def cut(count: int, parts: int) -> list[slice]:
@@ -216,7 +246,12 @@ def largest(number: int) -> int:
 
 @cache
 def _groups(size: int) -> Any:
-    return dist.new_subgroups(size)[0]
+    return dist.new_subgroups(size, timeout=PATIENCE)[0]
+
+
+@cache
+def _patient() -> Any:
+    return dist.new_group(timeout=MUCH_PATIENCE, backend="gloo")
 
 
 def neighbours(size: int) -> Any:

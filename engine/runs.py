@@ -33,6 +33,7 @@ MOVABLE = (
     "data.cache",
     "data.max_pixels",
     "data.workers",
+    "deterministic",
     "memory.shard",
     "train.accumulate",
     "train.checkpoint_steps",

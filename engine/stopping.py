@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -15,6 +16,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 _depth = 0  # of `held` blocks
 _waiting = 0  # the signal that came inside of them
+_ECHO = 1.0  # seconds in which another signal is the same: torchrun passes on what a scheduler sends to all processes
+_latest = -_ECHO
 
 
 class Stopped(KeyboardInterrupt):
@@ -36,7 +39,7 @@ def graceful() -> Iterator[None]:
 
     Where a signal was ignored it stays so. Threads other than the main one cannot handle signals: there nothing changes.
     """
-    global _waiting
+    global _waiting, _latest
     before = {}
     if threading.current_thread() is threading.main_thread():
         found = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -46,14 +49,17 @@ def graceful() -> Iterator[None]:
     try:
         yield
     finally:
-        _waiting = 0
+        _waiting, _latest = 0, -_ECHO
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """What must not be cut in two: a signal that comes inside raises `Stopped` at the end, a second one at once."""
+    """What must not be cut in two: a signal that comes inside raises `Stopped` at the end, a second one at once.
+
+    One that comes within a second of another is no second one.
+    """
     global _depth
     _depth += 1
     try:
@@ -79,7 +85,11 @@ def end_with_parent() -> None:
 
 
 def _handle(number: int, _: FrameType | None) -> None:
-    global _waiting
+    global _waiting, _latest
+    now = time.monotonic()
+    if now < _latest + _ECHO:
+        return
+    _latest = now
     if not _depth or _waiting:
         raise Stopped(number, cut=_depth > 0)
     _waiting = number

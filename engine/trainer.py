@@ -30,6 +30,7 @@ from engine.features import NAMES, autocast, extract
 from engine.model.network import Output
 from engine.pair import Pair
 from engine.phases import Phases
+from engine.shards import Memories
 from engine.slices import Slices
 
 # Streams of random numbers; every draw is keyed by one of these, the seed, the epoch and the step.
@@ -116,10 +117,8 @@ class Trainer:
                 return self._run()
             except stopping.Stopped as stop:
                 if self.state.started and not stop.cut and self.saved != (self.state.epoch, self.state.step):
-                    self._save("last.pt")
-                    self.log.say(
-                        f"stopped in epoch {self.state.epoch + 1} after step {self.state.step}, which is saved"
-                    )
+                    with stopping.held():
+                        self._save_stopped()  # behind the epoch's last step
                 raise
             except RuntimeError as error:
                 if "device-side assert" not in str(error):
@@ -131,6 +130,8 @@ class Trainer:
                 ) from error
 
     def _run(self) -> list[tuple[str, Score]]:
+        if distributed.world() > 1:
+            self._check_images()
         schedule = list(_schedule(self.config.train.stages))
         self.log = report.Log(self.folder, self.state.epoch, self.config.tensorboard)
         if not self.state.started:
@@ -142,6 +143,17 @@ class Trainer:
         for epoch, stage in schedule[self.state.epoch :]:
             self._epoch(epoch, stage, len(schedule))
         return self._results()
+
+    def _check_images(self) -> None:
+        """Raise a `UserError` where this process, on a machine of its own, has other images than the main one."""
+        test = {"test": _fingerprint(self.dataset.test)} if self.dataset.test else {}
+        found = {"training": self.images} | test
+        for part, expected in distributed.from_main(found).items():
+            if found[part] != expected:
+                raise UserError(
+                    f"the {part} images are not those of the main process ({expected} there, {found[part]} here); every "
+                    "machine needs the same data set, whole"
+                )
 
     def _start(self) -> None:
         """Score the network as it is, and warm it up where that is wanted."""
@@ -231,6 +243,7 @@ class Trainer:
             self.method.memory = {name: bank.to(place) for name, bank in state.memories.items()}
         with distributed.sharing():
             labels = self.method.label(features, stage, phases)
+        distributed.check_equal({"labels": torch.cat([*labels.clusters, *labels.own, *(labels.cross or ())])})
         state.labels_kept = 0 in labels.counts
         if state.labels_kept:
             empty = [word for word, count in zip(NAMES.values(), labels.counts, strict=True) if count == 0]
@@ -272,11 +285,13 @@ class Trainer:
                     state.totals[name] = state.totals.get(name, torch.zeros((), device=self.device)) + value
                 state.step += 1
                 every = config.train.checkpoint_steps
-                if every and state.step % every == 0 and state.step < settings.iterations:
-                    self._save("last.pt")
                 number = distributed.largest(stopping.waiting())
                 if number:  # all processes stop behind the same step, whichever was told to
+                    self._save_stopped(shards.whole(state.memories))
+                    distributed.largest(0)  # when the first one leaves, torchrun ends the one that saves
                     raise stopping.Stopped(number)
+                if every and state.step % every == 0 and state.step < settings.iterations:
+                    self._save("last.pt", shards.whole(state.memories))
         if state.step < settings.iterations:
             raise UserError(
                 f"{config.method.name}: its batches ended after {state.step} steps of an epoch; expected "
@@ -403,11 +418,16 @@ class Trainer:
             checkpoint.write(self.folder / "results.md", (report.table(rows) + "\n").encode())
         return rows
 
-    def _save(self, name: str) -> None:
+    def _save_stopped(self, memories: Memories | None = None) -> None:
+        self._save("last.pt", memories)
+        self.log.say(f"stopped in epoch {self.state.epoch + 1} after step {self.state.step}, which is saved")
+
+    def _save(self, name: str, memories: Memories | None = None) -> None:
+        """Write a checkpoint; with the epoch's whole memories where steps are still to come."""
         state = self.state
         self._check_network()
-        # Most methods begin an epoch with fresh memories.
-        memories = shards.whole(state.memories) if state.step or self.method.lasting else {}
+        if memories is None:  # most methods begin an epoch with fresh ones
+            memories = shards.equal(state.memories) if state.step or self.method.lasting else {}
         latest = name == "last.pt"
         if distributed.is_main():
             content: dict[str, Any] = {

@@ -2,8 +2,8 @@
 
     python distributed_worker.py ROOT OUT CAPTIONS DEED...
 
-Deeds are "run:NAME", "stop:NAME" (after three steps), "resume:FOLDER", "die:NAME" (the last process, in the first step), and
-"check:all". Several processes share out the instance memories of the runs "salcr" and "spread".
+Deeds are "run:NAME", "stop:NAME" (the last process is told to in the third step), "resume:FOLDER", "die:NAME" (the last
+process, in the first step), and "check:all". Several processes share out the instance memories of the runs "salcr" and "spread".
 In float64 nothing but a mistake makes two runs differ by more than 1e-8: neither the order of summation, nor Adam, which
 divides even small gradients by their own size, nor a label that hangs on the last bit.
 """
@@ -12,21 +12,26 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
-from contextlib import nullcontext, suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 torch.set_default_dtype(torch.float64)
 
-from small_runs import FIRM, interrupted_after, settings
+from small_runs import FIRM, settings
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine import distributed, evaluate, ops, shards
+from engine import checkpoint, distributed, evaluate, ops, shards, stopping
 from engine.data import transforms
 from engine.errors import UserError
 from engine.evaluate import score, trial_distance
@@ -35,7 +40,7 @@ from engine.trainer import Trainer
 
 SHORT = (
     *(f"train.stages.{i}.{setting}" for i in range(2) for setting in ("epochs=1", "iterations=2")),
-    *("train.warm_up.iterations=1", "train.checkpoint_steps=1"),
+    "train.warm_up.iterations=1",
 )
 EIGHT = ("train.stages.0.images=4", "train.stages.1.images=4", "train.warm_up.iterations=0")  # of each kind, 24 in all
 RUNS = {
@@ -58,15 +63,18 @@ def main() -> None:
                 check_shared_rows()
                 check_banks()
                 check_drift()
+                check_patience()
                 continue
             base = name.partition("-")[0]
             shard = f"memory.shard={str(distributed.world() > 1 and base in ('salcr', 'spread')).lower()}"
             chosen = (*SHORT, *RUNS[base], sys.argv[3], shard)
             folder = out / (name if resume else f"{name}-{deed}-{distributed.world()}")
             run = Trainer(settings(root, out / "cache", *chosen), folder, resume=resume)
-            ends = {"stop": interrupted_after(3), "die": mock.patch.object(Trainer, "_step", die)}
-            with suppress(KeyboardInterrupt), ends.get(deed, nullcontext()):
+            ends = {"stop": told_in_step(3), "die": mock.patch.object(Trainer, "_step", die)}
+            with suppress(stopping.Stopped), stopping.graceful(), ends.get(deed, nullcontext()):
                 run.run()
+            if deed == "stop":  # whoever leaves first, the main process has saved
+                assert checkpoint.load(folder / "last.pt")["step"] == run.state.step == 1
             state = run.network.state_dict() | shards.equal(run.state.memories)
             torch.save(state, folder / f"process{distributed.rank()}.pt")
 
@@ -131,9 +139,39 @@ def check_drift() -> None:
         raise AssertionError
 
 
+def check_patience() -> None:
+    """Whoever waits for images to be decoded does so for longer than for anything else."""
+    set_timeout = dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=0.5), dist.group.WORLD)
+    with distributed.one_first():
+        time.sleep(1.5 * (distributed.local_rank() == 0))
+    set_timeout(distributed.PATIENCE, dist.group.WORLD)
+
+
 def planes(images: Tensor) -> Tensor:
     """`transforms._to_planes` in float64."""
     return images.permute(0, 3, 1, 2).to(torch.float64, memory_format=torch.contiguous_format).div_(255)
+
+
+@contextmanager
+def told_in_step(number: int) -> Iterator[None]:
+    """Inside, the last process gets a signal in the step of this number, and the main one takes its time to save it."""
+    steps, save = itertools.count(1), checkpoint.save
+    told = False
+
+    def step(self: Trainer, *arguments: Any) -> dict[str, Tensor]:
+        nonlocal told
+        told = next(steps) == number
+        if told and distributed.rank() == distributed.world() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return STEP(self, *arguments)
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        time.sleep(1.0 * told)
+        save(*arguments, **named)
+
+    with mock.patch.object(Trainer, "_step", step), mock.patch.object(checkpoint, "save", slow):
+        yield
 
 
 def die(self: Trainer, *arguments: Any) -> dict[str, Tensor]:

@@ -7,10 +7,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from small_runs import metrics, write_captions
+
+from engine import distributed
+from engine.device import pick_device
+from engine.errors import UserError
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 BOUND = 1e-8  # in float64; see the worker
@@ -92,3 +98,42 @@ def test_a_process_that_dies_ends_the_run_and_is_named(sysu_tree, tmp_path):
     done = subprocess.run(command, env=environment(), timeout=600, check=False, **PIPES)
     assert done.returncode != 0
     assert "exitcode  : 7" in done.stdout and "rank      : 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("failure", "message", "end"),
+    [
+        (UserError("the disk is full"), "^the disk is full$", (2, 0)),
+        (RuntimeError("out of memory"), "^out of memory$", (1, 0)),
+        (SystemExit(143), "143", (143, 0)),
+        (
+            RuntimeError("[/x/gloo/tcp/pair.cc:1] Connection closed by peer [::1]:7. This is typical."),
+            r"out of reach \(Connection closed by peer \[::1\]:7\); the one that failed first says why",
+            (2, 1),
+        ),
+    ],
+)
+def test_whoever_fails_ends_without_waiting_for_the_others(monkeypatch, failure, message, end):
+    """With NCCL to take leave waits for all, who may be waiting for this one; those left alone let it be noticed first."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    joins = mock.patch.object(dist, "init_process_group")
+    leaves = mock.patch.object(dist, "destroy_process_group")
+    with joins, leaves as left, mock.patch("atexit.register") as at_exit:
+        with pytest.raises((UserError, RuntimeError, SystemExit), match=message), distributed.joined():
+            raise failure
+        assert not left.called
+        at_exit.assert_called_once_with(distributed._end, *end)
+        with distributed.joined():
+            pass
+        assert left.called
+
+
+def test_several_processes_cannot_have_one_gpu(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "local_rank", lambda: 99)
+    with pytest.raises(UserError, match="device: 'cuda:0' cannot be that of 2 processes; use device=auto"):
+        pick_device("cuda:0")
+    with pytest.raises(
+        UserError, match="'cuda:99' cannot be used .*; start as many processes on a machine as it has GPUs"
+    ):
+        pick_device("cuda")

@@ -96,7 +96,16 @@ def test_a_signal_finishes_the_step_and_saves_it(loaded, whole, tmp_path, number
     assert_same_run(tmp_path, whole)
 
 
-def test_a_second_signal_stops_at_once_with_the_last_checkpoint(loaded, whole, tmp_path):
+def test_a_signal_that_comes_from_two_sides_is_one(loaded, whole, tmp_path):
+    """A scheduler stops all processes, and torchrun passes on what it got."""
+    with calling("_step", signals(signal.SIGTERM, signal.SIGTERM), 5), pytest.raises(Stopped), stopping.graceful():
+        start(loaded, tmp_path).run()
+    saved = checkpoint.load(tmp_path / "last.pt")
+    assert (saved["epoch"], saved["step"]) == (1, 2)
+
+
+def test_a_second_signal_stops_at_once_with_the_last_checkpoint(loaded, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_ECHO", 0)
     with (
         calling("_step", signals(signal.SIGINT, signal.SIGINT), 5),
         pytest.raises(Stopped) as stop,
@@ -132,7 +141,8 @@ def test_a_signal_before_an_epochs_first_step_leaves_the_checkpoint_as_it_is(loa
     assert_same_run(tmp_path, whole)
 
 
-def test_signals_while_a_checkpoint_is_written_leave_it_whole(loaded, whole, tmp_path):
+def test_signals_while_a_checkpoint_is_written_leave_it_whole(loaded, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_ECHO", 0)
     write = os.fsync
 
     def interrupt(descriptor):
@@ -286,6 +296,10 @@ def test_without_any_whole_checkpoint_the_run_says_so(copy):
         (copy / name).write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"last\.pt: not a readable checkpoint"):
         runs.reopen(str(copy), [])
+
+
+def test_a_run_whose_processes_drifted_apart_can_go_on_as_their_message_advises(copy):
+    assert runs.reopen(str(copy), ["deterministic=true"])[0].deterministic
 
 
 def test_every_bit_of_a_checkpoint_is_watched(tmp_path):

@@ -99,6 +99,17 @@ def test_starting_from_the_middle_of_a_stage_is_refused(whole, sysu_tree, cache,
         start(loaded, tmp_path)
 
 
+def test_a_machine_with_other_images_is_noticed_before_anything_is_shared(sysu_tree, cache, tmp_path, monkeypatch):
+    run = start(settings(sysu_tree, cache), tmp_path)
+    monkeypatch.setattr(trainer.distributed, "from_main", lambda found: found | {"test": "9 visible images"})
+    with pytest.raises(
+        UserError, match=r"the test images are not those of the main process \(9 visible images there, \d+ "
+    ):
+        run._check_images()
+    monkeypatch.setattr(trainer.distributed, "from_main", lambda found: found)
+    run._check_images()
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_batch_in_parts_has_the_losses_gradients_memories_and_statistics_of_the_whole(
     sysu_tree, cache, tmp_path, monkeypatch, stage

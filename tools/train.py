@@ -63,7 +63,7 @@ def train(arguments: argparse.Namespace) -> int:
             )
         if distributed.is_main():
             print(f"\nstopped; {remedy}", file=sys.stderr)
-        return stop.code
+        sys.exit(stop.code)
     if distributed.is_main():
         results = f"\n{report.table(rows)}\n\nin {folder}/results.md"
         print(results if rows else f"\ndone; the network is in {folder}/last.pt")
