@@ -227,6 +227,8 @@ class Trainer:
     def _label(self, stage: int, phases: Phases) -> None:
         """The offline step at the start of an epoch: features, pseudo-labels, memories."""
         state = self.state
+        if not self.method.lasting:
+            state.memories = {}  # beside the features, which they are as large as
         with phases("extract"):
             self.method.memory = state.memories
             features = extract(

@@ -110,6 +110,19 @@ def test_a_machine_with_other_images_is_noticed_before_anything_is_shared(sysu_t
     run._check_images()
 
 
+def test_memories_of_the_last_epoch_are_gone_before_new_features_come(sysu_tree, cache, tmp_path, monkeypatch):
+    run, found = start(settings(sysu_tree, cache), tmp_path), []
+    extract = trainer.extract
+
+    def watched(*arguments, **named):
+        found.append(dict(run.state.memories))
+        return extract(*arguments, **named)
+
+    monkeypatch.setattr(trainer, "extract", watched)
+    run.run()
+    assert found == [{}] * 4 and run.state.memories
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_batch_in_parts_has_the_losses_gradients_memories_and_statistics_of_the_whole(
     sysu_tree, cache, tmp_path, monkeypatch, stage

@@ -31,7 +31,7 @@ class Method:
     for captions) or logs.
 
     Attributes:
-        memory: the memories of the running epoch; the trainer sets them. `label` finds those of the last epoch.
+        memory: the memories of the running epoch; the trainer sets them. `label` finds those of the last epoch if they last.
         lasting: whether memories live on from epoch to epoch, and so stand in every checkpoint.
         shared: names of memories whose rows processes can share out among themselves (`memory.shard`).
         copies: whether batches must have channel-augmented copies of visible images, or must not.
