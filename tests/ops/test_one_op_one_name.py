@@ -32,6 +32,8 @@ COMMON_SOURCES = {
     "rows.h",
     "search.h",
     "sets.h",
+    "sources.cpp",
+    "sources.h",
     "storage.h",
     "vectors.h",
     "warp_sets.h",
