@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,10 +93,13 @@ def positive(name: str, value: float) -> None:
         raise fail(name, "a finite number above 0", value)
 
 
-def count(name: str, value: int, low: int = 0) -> None:
-    """Check an integer of at least `low`."""
+def count(name: str, value: int, low: int = 0) -> int:
+    """An integer of at least `low`; numpy's, which label arrays give, becomes Python's."""
+    if isinstance(value, np.integer):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise fail(name, f"an integer of at least {low}", value)
+    return value
 
 
 def choice(name: str, value: str, choices: Sequence[str]) -> None:

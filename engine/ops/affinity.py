@@ -45,7 +45,7 @@ def affinity(queries: Tensor, bank: Tensor, k: int, *, precision: str = "ieee") 
     _check.size("bank", bank, 1, queries.shape[1], "the width of queries")
     _check.no_nan("queries", queries)
     _check.no_nan("bank", bank)
-    _check.count("k", k)
+    k = _check.count("k", k)
     check_precision(precision)
     return pick("affinity", queries, bank)(queries, bank, k, precision=precision)
 

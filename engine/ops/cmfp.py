@@ -53,7 +53,7 @@ def cmfp(vis: Tensor, ir: Tensor, k: int, *, normalize: bool = True, precision: 
     _check.size("ir", ir, 1, vis.shape[1], "the width of vis")
     _check.no_nan("vis", vis)
     _check.no_nan("ir", ir)
-    _check.count("k", k)
+    k = _check.count("k", k)
     check_precision(precision)
     compute = pick("cmfp", vis, ir)
     if not distributed.is_sharing():

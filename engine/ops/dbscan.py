@@ -41,7 +41,7 @@ def dbscan(distance: Tensor, eps: float, min_samples: int = 4) -> Tensor:
     _check.csr("distance", distance, "N N")
     _check.size("distance", distance, 1, distance.shape[0], "its rows")
     _check.positive("eps", eps)
-    _check.count("min_samples", min_samples, 1)
+    min_samples = _check.count("min_samples", min_samples, 1)
     return pick("dbscan", distance)(distance, eps, min_samples)
 
 

@@ -57,8 +57,8 @@ def jaccard(features: Tensor, k1: int = 30, k2: int = 6, *, precision: str = "ie
     """
     _check.tensor("features", features, "N D")
     _check.no_nan("features", features)
-    _check.count("k1", k1, 1)
-    _check.count("k2", k2, 1)
+    k1 = _check.count("k1", k1, 1)
+    k2 = _check.count("k2", k2, 1)
     check_precision(precision)
     return pick("jaccard", features)(features, k1, k2, precision=precision)
 

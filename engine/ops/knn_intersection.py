@@ -42,7 +42,7 @@ def knn_intersection(views: Tensor, bank: Tensor, k: int, *, precision: str = "i
     _check.tensor("bank", bank, "N D")
     _check.like("bank", bank, "views", views, dtype=False)
     _check.size("bank", bank, 1, views.shape[2], "the width of views")
-    _check.count("k", k)
+    k = _check.count("k", k)
     check_precision(precision)
     return pick("knn_intersection", views, bank)(views, bank, k, precision=precision)
 

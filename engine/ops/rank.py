@@ -68,7 +68,7 @@ def rank(
     """
     _check.tensor("distance", distance, "Q G")
     _check.choice("protocol", protocol, PROTOCOLS)
-    _check.count("max_rank", max_rank, 1)
+    max_rank = _check.count("max_rank", max_rank, 1)
     if protocol != "plain" and (query_cams is None or gallery_cams is None):
         missing = "query_cams" if query_cams is None else "gallery_cams"
         raise TypeError(f"{missing} must be a tensor for protocol {protocol!r}, got None")

@@ -37,7 +37,7 @@ def segment_mean(features: Tensor, labels: Tensor, count: int) -> Tensor:
     _check.indices("labels", labels, "N")
     _check.like("labels", labels, "features", features, dtype=False)
     _check.size("labels", labels, 0, features.shape[0], "the rows of features")
-    _check.count("count", count)
+    count = _check.count("count", count)
     _check.in_range("labels", labels, count)
     return _segment_mean(features, labels, count)
 

@@ -108,7 +108,8 @@ def sinkhorn(
         >>> solved.plan().sum(dim=1), solved.labels()
         (tensor([0.5000, 0.5000]), tensor([0, 1]))
     """
-    check_settings(reg, relax, max_iter, tol)
+    check_settings(reg, relax, tol)
+    max_iter = _check.count("max_iter", max_iter, 1)
     if isinstance(cost, Tensor):
         _check_problem("", cost, a, b)
         return pick("sinkhorn", cost)(cost, reg, a=a, b=b, relax=relax, max_iter=max_iter, tol=tol)
@@ -307,12 +308,11 @@ def log_weight(weight: Tensor | None, shape: Sequence[int], like: Tensor) -> Ten
     return weight.to(like.dtype).log().expand(tuple(shape))
 
 
-def check_settings(reg: float, relax: float | None, max_iter: int, tol: float) -> None:
+def check_settings(reg: float, relax: float | None, tol: float) -> None:
     """The settings that `sinkhorn` and `ot_assign` share."""
     _check.positive("reg", reg)
     if relax is not None:
         _check.positive("relax", relax)
-    _check.count("max_iter", max_iter, 1)
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
         raise _check.fail("tol", "a number of at least 0", tol)
 

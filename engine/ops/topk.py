@@ -55,7 +55,7 @@ def topk(
     _check.leading("bank", bank, 2, queries.shape[:-2], "queries")
     _check.like("bank", bank, "queries", queries, dtype=False)
     _check.size("bank", bank, -1, queries.shape[-1], "the width of queries")
-    _check.count("k", k)
+    k = _check.count("k", k)
     check_precision(precision)
     if exclude_self:
         _check.size("queries", queries, -2, bank.shape[-2], "the rows of bank, as exclude_self is set")

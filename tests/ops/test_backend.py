@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
+from fixed_calls import CALLS
+from operator_results import copied, same_bits
 
 from engine import ops
 
@@ -15,6 +18,19 @@ def test_an_unknown_back_end_or_operator_is_named():
         ops.use_backend("gpu").__enter__()
     with pytest.raises(ValueError, match="op must be an operator of engine.ops, got 'top'"):
         ops.backends("top")
+
+
+def numbers_of_numpy(values):
+    return [np.int64(value) if type(value) is int else value for value in values]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_integers_may_be_those_of_numpy(name):
+    """As the counts that are made of arrays of labels."""
+    arguments, options = CALLS[name]
+    given = dict(zip(options, numbers_of_numpy(options.values()), strict=True))
+    found = getattr(ops, name)(*numbers_of_numpy(copied(arguments)), **given)
+    assert same_bits(found, getattr(ops, name)(*copied(arguments), **options))
 
 
 def test_a_back_end_that_was_asked_for_runs_or_says_why_not(monkeypatch):
