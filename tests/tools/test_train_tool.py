@@ -199,3 +199,14 @@ def test_evaluate_says_what_it_needs_to_re_rank(tmp_path):
         score(tmp_path / "nan.npz", "plain", ["aim"])
     with pytest.raises(UserError, match="--rerank cmpf: expected one of cmfp"):
         score(tmp_path / "nan.npz", "plain", ["cmpf"])
+
+
+def test_queries_without_a_match_are_left_out_aloud_and_cameras_asked_for(tmp_path):
+    score = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["_score_arrays"]
+    columns = {"query_ids": np.array([0, 1, 9]), "gallery_ids": np.arange(3)}
+    np.savez(tmp_path / "some.npz", query_features=np.eye(3), gallery_features=np.eye(3), **columns)
+    with pytest.warns(UserWarning, match="1 of 3 queries have no match in the gallery, and are left out of the means"):
+        (found,) = score(tmp_path / "some.npz", "plain", [])
+    assert found.values["R1"] == 100
+    with pytest.raises(UserError, match=r"needs 'query_cams' for --rule sysu; has \['query_features', 'gallery_feat"):
+        score(tmp_path / "some.npz", "sysu", [])
